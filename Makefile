@@ -1,0 +1,45 @@
+# `make help` lists the targets. Each makes .venv by itself the first time.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+PYTEST  = $(BIN)/python -m pytest -n $(WORKERS)
+WORKERS ?= 2
+
+.PHONY: demo test test-slow lint format parity clean help
+.DEFAULT_GOAL := help
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## train digits in Flax and PyTorch side by side; writes out/demo/
+	$(BIN)/python examples/digits.py
+
+test: $(STAMP)  ## tests and doctests, a few minutes on two cores
+	$(PYTEST)
+
+# pytest exits with 5 when nothing is marked slow.
+test-slow: $(STAMP)  ## the long tests only
+	$(PYTEST) -m slow || [ $$? -eq 5 ]
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## put the code into ruff's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+parity: $(STAMP)  ## the parity matrix, with its report in out/parity/
+	$(BIN)/python -m parity_tests matrix --report out/parity
+
+clean:  ## remove .venv, out/ and caches
+	rm -rf $(VENV) out build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -1,0 +1,32 @@
+"""Settings shared by tests/, parity_tests/ and the doctests.
+
+They must be in place before JAX starts, which is why they stand at the root and
+are set on import.
+"""
+
+import os
+
+# Tests are about the CPU unless told otherwise: JAX_PLATFORMS=cuda make test.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# A Matplotlib that never looks for a display.
+os.environ.setdefault("MPLBACKEND", "Agg")
+# Sharding tests want a mesh; eight virtual devices make one on any machine.
+_FLAG = "--xla_force_host_platform_device_count"
+if _FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
+# xdist's workers would otherwise fight over the cores with one thread pool each.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import hypothesis  # noqa: E402
+
+# No deadline: the first example of a property compiles. In CI a run must give the
+# same answer twice; at a desk new examples are welcome.
+hypothesis.settings.register_profile("desk", deadline=None, max_examples=50)
+hypothesis.settings.register_profile(
+    "ci", deadline=None, max_examples=25, derandomize=True
+)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500)
+hypothesis.settings.load_profile(
+    os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "desk")
+)
