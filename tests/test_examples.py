@@ -1,0 +1,71 @@
+"""Every script in examples/ runs with --smoke and writes into --out."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPTS = sorted(p for p in EXAMPLES.glob("*.py") if "__main__" in p.read_text())
+
+
+def run(script: Path, out: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, script, "--smoke", "--out", out],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    out = tmp_path_factory.mktemp("digits")
+    return run(EXAMPLES / "digits.py", out), out
+
+
+@pytest.mark.parametrize(
+    "script", [p for p in SCRIPTS if p.name != "digits.py"], ids=lambda p: p.stem
+)
+def test_runs(script, tmp_path):
+    run(script, tmp_path)
+
+
+def test_digits_prints_where_everything_is(digits):
+    printed, out = digits
+    written = {p.name for p in out.iterdir()}
+    assert written == {
+        "report.html",
+        "curves.png",
+        "summary.json",
+        "torch.pt",
+        "flax.msgpack",
+    }
+    for name in written:
+        assert str(out / name) in printed
+
+
+def test_digits_optimizers_agree_on_equal_gradients(digits):
+    summary = json.loads((digits[1] / "summary.json").read_text())
+    assert summary["steps"] == 6
+    for name in "xyz":
+        assert summary[f"max_ulps_{name}"] <= 64
+    assert {"jax_eval_accuracy", "torch_eval_accuracy", "seconds"} <= summary.keys()
+
+
+def test_digits_report_needs_no_other_file(digits):
+    page = (digits[1] / "report.html").read_text()
+    linked = re.findall(r"""(?:src|href)=["']?([^"'\s>]+)""", page)
+    assert len(linked) == 3
+    assert all(link.startswith("data:image/svg+xml;base64,") for link in linked)
+    assert "nan" not in re.sub(r"base64,[^\"]*", "", page).lower()
+
+
+def test_digits_checkpoint_holds_tensors_only(digits):
+    torch.load(digits[1] / "torch.pt", weights_only=True)
