@@ -1,5 +1,6 @@
 """Every script in examples/ runs with --smoke and writes into --out."""
 
+import functools
 import json
 import re
 import subprocess
@@ -12,29 +13,38 @@ import torch
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(p for p in EXAMPLES.glob("*.py") if "__main__" in p.read_text())
 
-
-def run(script: Path, out: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, script, "--smoke", "--out", out],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+# Runs are shared between tests, so they all belong on one worker.
+pytestmark = pytest.mark.xdist_group("examples")
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    out = tmp_path_factory.mktemp("digits")
-    return run(EXAMPLES / "digits.py", out), out
+def run(tmp_path_factory):
+    """run(name) is what the script printed and the folder that it wrote into."""
+
+    @functools.cache
+    def run_once(name: str) -> tuple[str, Path]:
+        out = tmp_path_factory.mktemp(name)
+        done = subprocess.run(
+            [sys.executable, EXAMPLES / f"{name}.py", "--smoke", "--out", out],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout, out
+
+    return run_once
 
 
-@pytest.mark.parametrize(
-    "script", [p for p in SCRIPTS if p.name != "digits.py"], ids=lambda p: p.stem
-)
-def test_runs(script, tmp_path):
-    run(script, tmp_path)
+@pytest.fixture
+def digits(run):
+    return run("digits")
+
+
+@pytest.mark.parametrize("name", [p.stem for p in SCRIPTS])
+def test_runs_and_writes_into_out(run, name):
+    _, out = run(name)
+    assert any(out.iterdir())
 
 
 def test_digits_prints_where_everything_is(digits):

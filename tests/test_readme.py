@@ -1,0 +1,65 @@
+"""The code in the README, and in docs/, runs as it stands."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import optax
+import pytest
+import torch
+
+import sf_jax
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(python|diff)\n(.*?)^```$", re.M | re.S)
+
+
+def blocks(language):
+    for page in PAGES:
+        text = page.read_text()
+        for match in BLOCK.finditer(text):
+            if match[1] == language:
+                line = text.count("\n", 0, match.start()) + 1
+                yield pytest.param(match[2], id=f"{page.name}:{line}")
+
+
+def surroundings():
+    """What a snippet may take for granted: names that the reader's program has."""
+    params = {"w": jnp.ones(3)}
+    tx = sf_jax.schedule_free_adamw()
+    model = torch.nn.Linear(3, 2)
+    return {
+        "jnp": jnp,
+        "optax": optax,
+        "sf_jax": sf_jax,
+        "torch": torch,
+        "params": params,
+        "grads": params,
+        "tx": tx,
+        "state": SimpleNamespace(params=params, opt_state=tx.init(params)),
+        "evaluate": lambda params: 0.0,
+        "model": model,
+        "total_steps": 1000,
+    }
+
+
+@pytest.mark.parametrize("code", list(blocks("python")))
+def test_python_block_runs(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "<block>", "exec"), {"__name__": "block"})
+
+
+@pytest.mark.parametrize("diff", list(blocks("diff")))
+def test_both_sides_of_a_diff_run(diff):
+    for drop in "+-":
+        lines = [line[1:] for line in diff.splitlines() if not line.startswith(drop)]
+        exec(compile("\n".join(lines), f"<without {drop}>", "exec"), surroundings())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
