@@ -132,7 +132,7 @@ def flax_accuracy(
         return net.apply(variables, batch, train=True, mutable=["batch_stats"])[1]
 
     stats = jax.tree.map(lambda s: s.mean(0), jax.lax.map(stats_of, batches))
-    logits = net.apply({"params": params, **stats}, images, train=False)
+    logits: Any = net.apply({"params": params, **stats}, images, train=False)
     return (logits.argmax(-1) == labels).mean()
 
 

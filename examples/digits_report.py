@@ -17,7 +17,7 @@ LIMIT_ULPS = 64  # what the demo promises for equal gradients
 
 FLAX, TORCH = "#3b6fd4", "#e2621b"
 SEQUENCES = {"y": "#7a4fbf", "x": "#12897b", "z": "#c98a00"}
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
