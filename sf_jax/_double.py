@@ -1,0 +1,110 @@
+"""Scalars in double-float arithmetic: a value as the unevaluated sum ``hi + lo``.
+
+The sum of averaging weights has to stay exact over 1e8 steps, and JAX has no
+float64 unless x64 is on. A pair of floats of the same type carries twice its
+digits. Used for a handful of scalars a step, never for arrays of parameters.
+
+References:
+  Dekker, *A floating-point technique for extending the available precision*, 1971
+  Knuth, *The Art of Computer Programming* 2, section 4.2.2 (the sum's error)
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Clears the lower half of the significand, so that products of halves are exact.
+_UPPER_HALF = {
+    np.dtype("float32"): np.uint32(0xFFFF_F000),
+    np.dtype("float64"): np.uint64(0xFFFF_FFFF_F800_0000),
+}
+
+
+class Double(NamedTuple):
+    """A scalar ``hi + lo`` with ``|lo|`` at most half a unit in hi's last place."""
+
+    hi: jax.Array  # () scalar_dtype(): the value, rounded
+    lo: jax.Array  # () scalar_dtype(): what the rounding left over
+
+
+def scalar_dtype() -> np.dtype:
+    """The widest float that JAX offers now: float32, or float64 where x64 is on."""
+    return jax.dtypes.canonicalize_dtype(jnp.float64)
+
+
+def double(value: jax.typing.ArrayLike) -> Double:
+    """A Python number with twice the digits; an array with the digits that it has."""
+    dtype = scalar_dtype()
+    if isinstance(value, (int, float)):
+        hi = np.asarray(value, dtype)
+        lo = np.asarray(value - float(hi) if np.isfinite(hi) else 0.0, dtype)
+        return Double(jnp.asarray(hi), jnp.asarray(lo))
+    array = jnp.asarray(value)
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        # An int32 count beyond 2^24 does not fit into float32; the rest goes into lo.
+        hi = array.astype(dtype)
+        return Double(hi, (array - hi.astype(array.dtype)).astype(dtype))
+    return Double(array.astype(dtype), jnp.zeros((), dtype))
+
+
+def add(a: Double, b: Double) -> Double:
+    total, error = _two_sum(a.hi, b.hi)
+    return _renormalise(total, error + (a.lo + b.lo))
+
+
+def multiply(a: Double, b: Double) -> Double:
+    product, error = _two_product(a.hi, b.hi)
+    return _renormalise(product, error + (a.hi * b.lo + a.lo * b.hi))
+
+
+def divide(a: Double, b: Double) -> Double:
+    quotient = a.hi / b.hi
+    product, error = _two_product(quotient, b.hi)
+    rest = ((a.hi - product) - error) + (a.lo - quotient * b.lo)
+    return _renormalise(quotient, rest / b.hi)
+
+
+def power(a: Double, exponent: jax.typing.ArrayLike) -> Double:
+    """``a ** exponent``: with all digits for 0, 1 and 2, else with those of hi."""
+    if isinstance(exponent, (int, float)):
+        if exponent == 0:
+            return double(1.0)
+        if exponent == 1:
+            return a
+        if exponent == 2:
+            return multiply(a, a)
+    return double(a.hi ** jnp.asarray(exponent, a.hi.dtype))
+
+
+def where(condition: jax.Array, a: Double, b: Double) -> Double:
+    return Double(jnp.where(condition, a.hi, b.hi), jnp.where(condition, a.lo, b.lo))
+
+
+def _renormalise(hi: jax.Array, lo: jax.Array) -> Double:
+    total = hi + lo
+    return Double(total, lo - (total - hi))
+
+
+def _two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    total = a + b
+    b_part = total - a
+    return total, (a - (total - b_part)) + (b - b_part)
+
+
+def _two_product(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # The halves are cut with a mask and not by Veltkamp's multiplication, which a
+    # compiler that contracts a * b + c into one rounding would change.
+    product = a * b
+    a_hi, a_lo = _halves(a)
+    b_hi, b_lo = _halves(b)
+    error = ((a_hi * b_hi - product) + a_hi * b_lo + a_lo * b_hi) + a_lo * b_lo
+    return product, error
+
+
+def _halves(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    mask = _UPPER_HALF[np.dtype(a.dtype)]
+    bits = jax.lax.bitcast_convert_type(a, mask.dtype)
+    upper = jax.lax.bitcast_convert_type(bits & mask, a.dtype)
+    return upper, a - upper
