@@ -55,16 +55,12 @@ def polynomial_average(
         count: jax.Array, lr: Double, weights: Weights
     ) -> tuple[jax.Array, Weights]:
         # Where lr is the largest so far, its own low part belongs to it.
-        lr_max = _double.where(
-            lr.hi >= weights.lr_max, lr, double(weights.lr_max)
-        )
+        lr_max = _double.where(lr.hi >= weights.lr_max, lr, double(weights.lr_max))
         weight = _double.multiply(
             _double.power(_steps(count), r), _double.power(lr_max, weight_lr_power)
         )
         weight_sum = _double.add(weights.weight_sum, weight)
-        ckp1 = jnp.where(
-            weight_sum.hi > 0, _double.divide(weight, weight_sum).hi, 0.0
-        )
+        ckp1 = jnp.where(weight_sum.hi > 0, _double.divide(weight, weight_sum).hi, 0.0)
         return ckp1, Weights(weight_sum, lr_max.hi)
 
     return average

@@ -9,14 +9,14 @@ References:
   Knuth, *The Art of Computer Programming* 2, section 4.2.2 (the sum's error)
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 # Clears the lower half of the significand, so that products of halves are exact.
-_UPPER_HALF = {
+_UPPER_HALF: dict[np.dtype, Any] = {
     np.dtype("float32"): np.uint32(0xFFFF_F000),
     np.dtype("float64"): np.uint64(0xFFFF_FFFF_F800_0000),
 }
@@ -38,9 +38,9 @@ def double(value: jax.typing.ArrayLike) -> Double:
     """A Python number with twice the digits; an array with the digits that it has."""
     dtype = scalar_dtype()
     if isinstance(value, (int, float)):
-        hi = np.asarray(value, dtype)
-        lo = np.asarray(value - float(hi) if np.isfinite(hi) else 0.0, dtype)
-        return Double(jnp.asarray(hi), jnp.asarray(lo))
+        rounded = np.asarray(value, dtype)
+        rest = value - float(rounded) if np.isfinite(rounded) else 0.0
+        return Double(jnp.asarray(rounded), jnp.asarray(rest, dtype))
     array = jnp.asarray(value)
     if jnp.issubdtype(array.dtype, jnp.integer):
         # An int32 count beyond 2^24 does not fit into float32; the rest goes into lo.

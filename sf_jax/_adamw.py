@@ -1,0 +1,260 @@
+r"""Schedule-Free AdamW and its published variants.
+
+.. math::
+
+    v &= b_2 v + (1 - b_2) |g|^2 \\
+    z' &= z - lr_k \left( \frac{\hat g}{\sqrt{v / (1 - b_2^{k+1})} + \epsilon}
+          + \lambda p \right)
+
+with :math:`\hat g = g`, or with ``inner_momentum`` b
+
+.. math::
+
+    m = b m + (1 - b) g, \qquad \hat g = m / (1 - b^{k+1})
+
+The variants put the bias correction :math:`\sqrt{1 - b_2^{k+1}}` elsewhere and leave
+the denominator at :math:`\sqrt v + \epsilon`:
+
+- ``"paper"`` multiplies it into lr_k, so that the averaging weight sees it too;
+- ``"algoperf"``, the winner of the self-tuning track of the AlgoPerf competition,
+  multiplies it into the whole displacement but not into the averaging weight, decays
+  at x and keeps lr_k at eps or above.
+
+References:
+  Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
+  https://github.com/facebookresearch/schedule_free (the variants)
+  https://github.com/mlcommons/algorithmic-efficiency (the competition)
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sf_jax import _averaging, _checks, _double
+from sf_jax._averaging import complement, one_minus_power
+from sf_jax._decay import DECAY_AT, Mask, add_decay
+from sf_jax._double import Double, double
+from sf_jax._schedule_free import Base, Iterates, like, of_count, rule, widen
+
+VARIANTS = ("standard", "paper", "algoperf")
+
+
+class AdamWState(NamedTuple):
+    """The moments of the gradient at y."""
+
+    nu: optax.Params  # like z, real: v, the running mean of |g|²
+    mu: optax.Params  # like z: m, the running mean of g; MaskedNode without momentum
+
+
+def init_moments(z: optax.Params, inner_momentum: jax.typing.ArrayLike) -> AdamWState:
+    no_momentum = _checks.is_zero(inner_momentum)
+    return AdamWState(
+        nu=jax.tree.map(lambda z: jnp.zeros(z.shape, jnp.finfo(z.dtype).dtype), z),
+        mu=jax.tree.map(
+            lambda z: optax.MaskedNode() if no_momentum else jnp.zeros_like(z), z
+        ),
+    )
+
+
+def update_moments(
+    grads: optax.Updates,
+    moments: AdamWState,
+    b2: jax.typing.ArrayLike,
+    inner_momentum: jax.typing.ArrayLike,
+) -> AdamWState:
+    # v + (1 - b) (g² - v), not b v + (1 - b) g²: rounded to float32, b and 1 - b do
+    # not add up to 1, and over the memory of v the difference adds up too.
+    def mean(moment: jax.Array, value: jax.Array, b: jax.typing.ArrayLike) -> jax.Array:
+        wide = widen(moment)
+        return (wide + like(complement(b), wide) * (value - wide)).astype(moment.dtype)
+
+    def first(g: jax.Array, mu: Any) -> Any:
+        if isinstance(mu, optax.MaskedNode):
+            return mu
+        return mean(mu, widen(g), inner_momentum)
+
+    return AdamWState(
+        nu=jax.tree.map(lambda g, nu: mean(nu, abs_squared(g), b2), grads, moments.nu),
+        mu=jax.tree.map(first, grads, moments.mu),
+    )
+
+
+def numerator(
+    grads: optax.Updates,
+    moments: AdamWState,
+    inner_momentum: jax.typing.ArrayLike,
+    count: jax.Array,
+) -> optax.Updates:
+    """ĝ: the gradient, or its bias-corrected running mean."""
+
+    def of_leaf(g: jax.Array, mu: Any) -> jax.Array:
+        if isinstance(mu, optax.MaskedNode):
+            return widen(g)
+        mu = widen(mu)
+        return mu / like(one_minus_power(inner_momentum, count), mu)
+
+    return jax.tree.map(of_leaf, grads, moments.mu)
+
+
+def abs_squared(g: jax.Array) -> jax.Array:
+    g = widen(g)
+    return jnp.square(g.real) + jnp.square(g.imag) if jnp.iscomplexobj(g) else g * g
+
+
+def adamw_base(
+    b2: jax.typing.ArrayLike,
+    eps: jax.typing.ArrayLike,
+    inner_momentum: jax.typing.ArrayLike,
+    weight_decay: jax.typing.ArrayLike | None,
+    decay_at: str,
+    mask: Mask | None,
+    variant: str = "standard",
+) -> Base:
+    def update(
+        grads: optax.Updates,
+        moments: AdamWState,
+        iterates: Iterates,
+        count: jax.Array,
+        lr: jax.Array,
+        extra_args: dict[str, Any],
+    ) -> tuple[optax.Updates, AdamWState]:
+        moments = update_moments(grads, moments, b2, inner_momentum)
+        correction = one_minus_power(b2, count)
+        if variant == "algoperf":
+            lr = lr * jnp.sqrt(correction)
+        if variant != "standard":
+            correction = jnp.ones_like(correction)
+
+        def adam(g: jax.Array, nu: jax.Array) -> jax.Array:
+            nu = widen(nu)
+            return g / (jnp.sqrt(nu / like(correction, nu)) + like(eps, nu))
+
+        direction = jax.tree.map(
+            adam, numerator(grads, moments, inner_momentum, count), moments.nu
+        )
+        direction = add_decay(direction, iterates, weight_decay, decay_at, mask)
+        return jax.tree.map(lambda d: -like(lr, d) * d, direction), moments
+
+    return Base(lambda z: init_moments(z, inner_momentum), update)
+
+
+def schedule_free_adamw(
+    learning_rate: optax.ScalarOrSchedule = 0.0025,
+    warmup_steps: int | None = None,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    weight_lr_power: float = 2.0,
+    state_dtype: jax.typing.DTypeLike | None = None,
+    *,
+    r: float = 0.0,
+    inner_momentum: float = 0.0,
+    decay_at: str = "y",
+    mask: Mask | None = None,
+    store_x: bool = False,
+    variant: str = "standard",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Schedule-Free AdamW.
+
+    .. math::
+
+        lr_k &= lr \cdot \min(1, (k+1) / warmup\_steps) \\
+        v &= b_2 v + (1 - b_2) |g|^2 \\
+        z' &= z - lr_k \left( \frac{g}{\sqrt{v / (1 - b_2^{k+1})} + \epsilon}
+              + \lambda p \right) \\
+        x' &= (1 - c_k) x + c_k z' \\
+        y' &= (1 - \beta) z' + \beta x'
+
+    Args:
+      learning_rate: step size; a float, an array or a schedule of the count. Good
+        values are 1 to 10 times those of AdamW with a schedule.
+      warmup_steps: steps of linear warmup; None or 0 for none.
+      b1: β, the weight of x in y, in [0, 1]; a float, an array or a schedule. It
+        takes the place of momentum; long runs often want 0.95 or 0.98. A schedule
+        that reaches 0 needs ``store_x=True``.
+      b2: decay rate of the second moment v, in [0, 1).
+      eps: added to the root of v.
+      weight_decay: λ, decoupled and times the learning rate.
+      weight_lr_power: steps are weighed by the largest learning rate so far to this
+        power; 2 keeps warmup out of the average.
+      state_dtype: dtype of z, x and the moments. By default that of each parameter,
+        float32 for those narrower than it.
+      r: steps are also weighed by ``(k + 1) ** r``.
+      inner_momentum: decay rate of a first moment in the numerator, in [0, 1); 0 for
+        the plain gradient, which keeps no first moment.
+      decay_at: "y", "z" or "x": what the decay pulls towards zero by.
+      mask: which leaves decay: a prefix tree of bools or a function of params giving
+        one; None for all.
+      store_x: keep x in the state, so that ``eval_params`` needs no params.
+      variant: where the bias correction of v stands: "standard" (in the
+        denominator), "paper" or "algoperf", which decays at x whatever ``decay_at``
+        says.
+
+    Returns:
+      An optax transformation whose state is a ``ScheduleFreeState``; its updates have
+      the params' structure and dtypes.
+
+    Raises:
+      ValueError: b1, b2 or ``inner_momentum`` out of range, a negative learning rate,
+        eps, weight decay or number of steps, an unknown ``decay_at`` or ``variant``.
+      TypeError: ``warmup_steps`` that is not an integer.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, sf_jax
+      >>> tx = sf_jax.schedule_free_adamw(0.1, warmup_steps=10)
+      >>> params = jnp.array([3.0, -2.0])  # y
+      >>> state = tx.init(params)
+      >>> for _ in range(200):
+      ...     grads = 2 * params  # of |y|^2
+      ...     updates, state = tx.update(grads, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> bool(jnp.linalg.norm(sf_jax.eval_params(state, params)) < 0.2)
+      True
+
+    References:
+      Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
+    """
+    _checks.learning_rate(learning_rate)
+    _checks.warmup_steps(warmup_steps)
+    _checks.decay_rate("b2", b2)
+    _checks.decay_rate("inner_momentum", inner_momentum)
+    _checks.eps(eps)
+    _checks.weight_decay(weight_decay)
+    _checks.choice("decay_at", decay_at, DECAY_AT)
+    _checks.choice("variant", variant, VARIANTS)
+    step_size = _averaging.scheduled(learning_rate, warmup_steps)
+    if variant == "paper":
+        step_size = _with_bias_correction(step_size, b2)
+    elif variant == "algoperf":
+        step_size = _at_least(step_size, eps)
+        decay_at = "x"
+    return rule(
+        adamw_base(b2, eps, inner_momentum, weight_decay, decay_at, mask, variant),
+        of_count(step_size),
+        _averaging.polynomial_average(r, weight_lr_power),
+        b1,
+        state_dtype=state_dtype,
+        store_x=store_x,
+    )
+
+
+def _with_bias_correction(
+    step_size: Callable[[jax.Array], Double], b2: jax.typing.ArrayLike
+) -> Callable[[jax.Array], Double]:
+    return lambda count: _double.multiply(
+        step_size(count), double(jnp.sqrt(one_minus_power(b2, count)))
+    )
+
+
+def _at_least(
+    step_size: Callable[[jax.Array], Double], least: jax.typing.ArrayLike
+) -> Callable[[jax.Array], Double]:
+    def bounded(count: jax.Array) -> Double:
+        lr, bound = step_size(count), double(least)
+        return _double.where(lr.hi >= bound.hi, lr, bound)
+
+    return bounded

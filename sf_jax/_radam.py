@@ -1,0 +1,199 @@
+r"""Schedule-Free RAdam: the variance of early steps is rectified, without warmup.
+
+With :math:`t = k + 1` and :math:`\rho_\infty = 2 / (1 - b_2) - 1`,
+
+.. math::
+
+    \rho = \rho_\infty - \frac{2 t b_2^t}{1 - b_2^t}
+
+Where :math:`\rho > 4` the step is that of AdamW with
+
+.. math::
+
+    lr_k = lr \sqrt{\frac{(\rho - 4) (\rho - 2) \rho_\infty}
+                         {(\rho_\infty - 4) (\rho_\infty - 2) \rho}}
+
+else lr_k is 0 (``silent_sgd_phase``), or lr with the plain gradient as direction.
+
+References:
+  Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
+  Liu et al., *On the Variance of the Adaptive Learning Rate and Beyond*,
+    https://arxiv.org/abs/1908.03265 (the rectification)
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sf_jax import _averaging, _checks, _double
+from sf_jax._adamw import AdamWState, init_moments, update_moments
+from sf_jax._averaging import complement, one_minus_power
+from sf_jax._decay import Mask, add_decay
+from sf_jax._double import Double, double, scalar_dtype
+from sf_jax._schedule_free import Base, Iterates, like, of_count, rule, widen
+
+# L(h) = coth h - 1/h as a series: coefficients of h, h³, h⁵, ...
+_LANGEVIN = (
+    1 / 3,
+    -1 / 45,
+    2 / 945,
+    -1 / 4725,
+    2 / 93555,
+    -1382 / 638512875,
+    4 / 18243225,
+)
+
+
+def rho(b2: jax.typing.ArrayLike, count: jax.Array) -> jax.Array:
+    """ρ, the length of the average that v stands for; ρ∞ minus a nearly equal number.
+
+    With a = -log b2 and L(h) = coth h - 1/h, it equals L(a/2) + t (1 - L(a t/2)), in
+    which nothing cancels.
+    """
+    steps = (count + 1).astype(scalar_dtype())
+    a = -_averaging.log(b2)
+    return _langevin(a / 2) + steps * (1 - _langevin(a * steps / 2))
+
+
+def _langevin(h: jax.Array) -> jax.Array:
+    small = jnp.minimum(h, 0.25)
+    series = small * jnp.polyval(
+        jnp.asarray(_LANGEVIN[::-1], scalar_dtype()), small * small
+    )
+    large = jnp.maximum(h, 0.25)
+    closed = 1 - 1 / large + 2 / jnp.expm1(2 * large)
+    return jnp.where(h < 0.25, series, closed)
+
+
+def rectification(b2: jax.typing.ArrayLike, count: jax.Array) -> jax.Array:
+    """The factor on lr where ρ > 4, else 0."""
+    now = rho(b2, count)
+    rho_inf = 2 / complement(b2) - 1
+    factor = (now - 4) / (rho_inf - 4) * ((now - 2) / (rho_inf - 2)) * (rho_inf / now)
+    return jnp.where(now > 4, jnp.sqrt(jnp.maximum(factor, 0)), 0)
+
+
+def radam_base(
+    b2: jax.typing.ArrayLike,
+    eps: jax.typing.ArrayLike,
+    weight_decay: jax.typing.ArrayLike | None,
+    mask: Mask | None,
+) -> Base:
+    def update(
+        grads: optax.Updates,
+        moments: AdamWState,
+        iterates: Iterates,
+        count: jax.Array,
+        lr: jax.Array,
+        extra_args: dict[str, Any],
+    ) -> tuple[optax.Updates, AdamWState]:
+        moments = update_moments(grads, moments, b2, 0.0)
+        correction = one_minus_power(b2, count)
+        rectified = rho(b2, count) > 4
+
+        def radam(g: jax.Array, nu: jax.Array) -> jax.Array:
+            g, nu = widen(g), widen(nu)
+            denominator = jnp.sqrt(nu / like(correction, nu)) + like(eps, nu)
+            # One division by a selected denominator: eps = 0 and v = 0 stay harmless
+            # in the steps that do not use them.
+            return g / jnp.where(rectified, denominator, jnp.ones_like(denominator))
+
+        direction = add_decay(
+            jax.tree.map(radam, grads, moments.nu), iterates, weight_decay, "y", mask
+        )
+        return jax.tree.map(lambda d: -like(lr, d) * d, direction), moments
+
+    return Base(lambda z: init_moments(z, 0.0), update)
+
+
+def schedule_free_radam(
+    learning_rate: optax.ScalarOrSchedule = 0.0025,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    weight_lr_power: float = 2.0,
+    state_dtype: jax.typing.DTypeLike | None = None,
+    *,
+    r: float = 0.0,
+    silent_sgd_phase: bool = True,
+    mask: Mask | None = None,
+    store_x: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Schedule-Free RAdam, which needs no warmup.
+
+    With :math:`\rho` the length of the average behind v (see the module),
+
+    .. math::
+
+        lr_k &= lr \sqrt{\frac{(\rho - 4) (\rho - 2) \rho_\infty}
+                              {(\rho_\infty - 4) (\rho_\infty - 2) \rho}} \\
+        z' &= z - lr_k \left( \frac{g}{\sqrt{v / (1 - b_2^{k+1})} + \epsilon}
+              + \lambda y \right)
+
+    Args:
+      learning_rate: step size; a float, an array or a schedule of the count.
+      b1: β, the weight of x in y, in [0, 1]; a float, an array or a schedule. A
+        schedule that reaches 0 needs ``store_x=True``.
+      b2: decay rate of the second moment v, in [0, 1). Below 0.6 no step is ever
+        rectified.
+      eps: added to the root of v.
+      weight_decay: λ, decoupled, times the learning rate, at y.
+      weight_lr_power: steps are weighed by the largest learning rate so far to this
+        power.
+      state_dtype: dtype of z, x and v. By default that of each parameter, float32
+        for those narrower than it.
+      r: steps are also weighed by ``(k + 1) ** r``.
+      silent_sgd_phase: whether the first steps, in which v stands for too few
+        gradients (five with b2 = 0.999), move nothing. If not, they are SGD steps.
+      mask: which leaves decay: a prefix tree of bools or a function of params giving
+        one; None for all.
+      store_x: keep x in the state, so that ``eval_params`` needs no params.
+
+    Returns:
+      An optax transformation whose state is a ``ScheduleFreeState``; its updates have
+      the params' structure and dtypes.
+
+    Raises:
+      ValueError: b1 or b2 out of range, a negative learning rate, eps or weight decay.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, sf_jax
+      >>> tx = sf_jax.schedule_free_radam(0.5)
+      >>> params = jnp.array([3.0, -2.0])  # y
+      >>> state = tx.init(params)
+      >>> for _ in range(200):
+      ...     grads = 2 * params  # of |y|^2
+      ...     updates, state = tx.update(grads, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> bool(jnp.linalg.norm(sf_jax.eval_params(state, params)) < 0.2)
+      True
+
+    References:
+      Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
+      Liu et al., *On the Variance of the Adaptive Learning Rate and Beyond*,
+        https://arxiv.org/abs/1908.03265
+    """
+    _checks.learning_rate(learning_rate)
+    _checks.decay_rate("b2", b2)
+    _checks.eps(eps)
+    _checks.weight_decay(weight_decay)
+    scheduled = _averaging.scheduled(learning_rate)
+
+    def step_size(count: jax.Array) -> Double:
+        lr = scheduled(count)
+        rectified = _double.multiply(lr, double(rectification(b2, count)))
+        if silent_sgd_phase:
+            return rectified
+        return _double.where(rho(b2, count) > 4, rectified, lr)
+
+    return rule(
+        radam_base(b2, eps, weight_decay, mask),
+        of_count(step_size),
+        _averaging.polynomial_average(r, weight_lr_power),
+        b1,
+        state_dtype=state_dtype,
+        store_x=store_x,
+    )

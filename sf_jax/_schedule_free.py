@@ -1,0 +1,393 @@
+r"""The rule that every Schedule-Free optimizer shares, and its state.
+
+With the base optimizer's displacement ``u``, the averaging weight ``c`` and the
+interpolation ``β`` (``β'`` for the next step),
+
+.. math::
+
+    z' &= z + u \\
+    x' &= (1 - c) x + c z' \\
+    y' &= (1 - \beta') z' + \beta' x'
+
+Gradients are taken at **y**, which the live parameters hold; **x** is evaluated and
+shipped. x is not stored where it can be recovered from y and z:
+
+.. math::
+
+    x = y + \frac{1 - \beta}{\beta} (y - z)
+
+Eliminating x gives the *lean* update, with :math:`e = (\beta - \beta') / \beta`,
+which is 0 while β is constant:
+
+.. math::
+
+    y' - y = (c + e (1 - c)) (z - y) + (1 - \beta' (1 - c)) (z' - z)
+
+An optimizer is a choice for four seams: the base step (:class:`Base`), the step
+size (:class:`StepSize`), the averaging weight (:data:`~sf_jax._averaging.Average`)
+and the interpolation (a function of the count). The rule knows none of them by name.
+
+References:
+  Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sf_jax import _averaging, _checks
+from sf_jax._averaging import Average, Weights
+from sf_jax._double import Double, scalar_dtype
+
+
+class ScheduleFreeState(NamedTuple):
+    """What is remembered between steps, besides the live parameters y.
+
+    ``scalar`` stands for float32, or float64 where x64 is on. A leaf of z has the
+    dtype of the parameter, float32 where that is narrower, or ``state_dtype``.
+    """
+
+    # () int32: steps taken; stops at its largest value
+    count: jax.Array  # type: ignore[assignment]  # tuples have a method of this name
+    b1: jax.Array  # () scalar: β, the interpolation that formed the present y
+    weight_sum: jax.Array  # () scalar: W, the sum of averaging weights
+    weight_sum_lo: jax.Array  # () scalar: what rounding left over of it
+    lr_max: jax.Array  # () scalar: the largest step size so far
+    z: optax.Params  # like params: the base optimizer's iterate
+    x: optax.Params  # like z: the average; optax.MaskedNode where y and z give it
+    base_state: optax.OptState  # the base optimizer's own, moments in z's dtype
+    step_size_state: optax.OptState  # empty for a step size that depends on count only
+
+
+@dataclasses.dataclass(frozen=True)
+class Iterates:
+    """The three sequences before a step, for base steps and step sizes to look at."""
+
+    y: optax.Params  # like z
+    z: optax.Params
+    stored_x: optax.Params
+    b1: jax.Array
+
+    @property
+    def x(self) -> optax.Params:
+        return jax.tree.map(
+            lambda z, y, x: recover_x(y, z, self.b1) if _is_lean(x) else x,
+            self.z,
+            self.y,
+            self.stored_x,
+        )
+
+    def at(self, name: str) -> optax.Params:
+        """The sequence of this name: "x", "y" or "z"."""
+        return getattr(self, name)
+
+
+class Base(NamedTuple):
+    """How z moves."""
+
+    init: Callable[[optax.Params], optax.OptState]  # z -> state
+    # (grads, state, iterates, count, lr, extra_args) -> (u, state); u contains -lr
+    update: Callable[
+        [optax.Updates, optax.OptState, Iterates, jax.Array, jax.Array, dict[str, Any]],
+        tuple[optax.Updates, optax.OptState],
+    ]
+
+
+class StepSize(NamedTuple):
+    """``lr_k``, which the base step and the averaging weight both see."""
+
+    init: Callable[[optax.Params], optax.OptState]
+    # (state, count, grads, iterates, extra_args) -> (lr, state)
+    update: Callable[
+        [optax.OptState, jax.Array, optax.Updates, Iterates, dict[str, Any]],
+        tuple[Double, optax.OptState],
+    ]
+
+
+def of_count(step_size: Callable[[jax.Array], Double]) -> StepSize:
+    """A step size that depends on the count alone."""
+    return StepSize(
+        lambda params: (),
+        lambda state, count, grads, iterates, extra: (step_size(count), state),
+    )
+
+
+def rule(
+    base: Base,
+    step_size: StepSize,
+    average: Average,
+    b1: optax.ScalarOrSchedule,
+    *,
+    state_dtype: jax.typing.DTypeLike | None = None,
+    store_x: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Schedule-Free over four seams. Every public optimizer is a call of this."""
+    _checks.interpolation("b1", b1)
+    _checks.state_dtype(state_dtype)
+
+    def next_b1(count: jax.Array) -> jax.typing.ArrayLike:
+        return b1(count) if callable(b1) else b1
+
+    def init(params: optax.Params) -> ScheduleFreeState:
+        _checks.inexact_leaves(params)
+        stored = store_x or _checks.is_zero(b1)
+        z = jax.tree.map(lambda p: _copy(p, _state_dtype(p, state_dtype)), params)
+        x = jax.tree.map(
+            lambda z, p: (
+                _copy(p, z.dtype) if stored or _is_master(z, p) else optax.MaskedNode()
+            ),
+            z,
+            params,
+        )
+        zero = jnp.zeros((), scalar_dtype())
+        count = jnp.zeros((), jnp.int32)
+        return ScheduleFreeState(
+            count=count,
+            b1=jnp.asarray(next_b1(count), scalar_dtype()),
+            weight_sum=zero,
+            weight_sum_lo=zero.copy(),
+            lr_max=zero.copy(),
+            z=z,
+            x=x,
+            base_state=base.init(z),
+            step_size_state=step_size.init(params),
+        )
+
+    def update(
+        grads: optax.Updates,
+        state: ScheduleFreeState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScheduleFreeState]:
+        if params is None:
+            raise ValueError(
+                "update needs params, the live parameters y: call "
+                "update(grads, state, params)."
+            )
+        _checks.same_structure(grads, params)
+        grads = jax.tree.map(lambda z, g: jnp.asarray(g, z.dtype), state.z, grads)
+        y = jax.tree.map(
+            # The parameter is y itself, or a rounded copy of it.
+            lambda z, p, x: (
+                recover_y(x, z, state.b1) if _is_master(z, p) else jnp.asarray(p)
+            ),
+            state.z,
+            params,
+            state.x,
+        )
+        iterates = Iterates(y, state.z, state.x, state.b1)
+
+        lr, step_size_state = step_size.update(
+            state.step_size_state, state.count, grads, iterates, extra_args
+        )
+        displacement, base_state = base.update(
+            grads, state.base_state, iterates, state.count, lr.hi, extra_args
+        )
+        ckp1, weights = average(
+            state.count,
+            lr,
+            Weights(Double(state.weight_sum, state.weight_sum_lo), state.lr_max),
+        )
+        b1_of_y = next_b1(state.count)
+        z_coefficient, step_coefficient = _lean_coefficients(
+            ckp1, b1_of_y, None if _checks.is_number(b1) else state.b1
+        )
+
+        def move_z(z: jax.Array, u: jax.Array) -> jax.Array:
+            return (widen(z) + widen(u)).astype(z.dtype)
+
+        def move_x(x: jax.Array, z: jax.Array) -> jax.Array:
+            if _is_lean(x):
+                return x
+            x, z = widen(x), widen(z)
+            return (x + like(ckp1, x) * (z - x)).astype(z.dtype)
+
+        def move_y(
+            z: jax.Array, next_z: jax.Array, p: jax.Array, next_x: jax.Array
+        ) -> jax.Array:
+            dtype = jnp.result_type(p)
+            if _is_lean(next_x):
+                # Through z' - z and not through u, its equal on paper: then a TPU
+                # makes one fusion of the step, with no array beyond inputs and outputs.
+                z, next_z, y = widen(z), widen(next_z), widen(p)
+                return (
+                    like(z_coefficient, y) * (z - y)
+                    + like(step_coefficient, y) * (next_z - z)
+                ).astype(dtype)
+            next_y = recover_y(next_x, next_z, jnp.asarray(b1_of_y, scalar_dtype()))
+            # Towards round(y'): the rounding of past steps must not add up in p.
+            return (widen(next_y.astype(dtype)) - widen(p)).astype(dtype)
+
+        z = jax.tree.map(move_z, state.z, displacement)
+        x = jax.tree.map(lambda z, x: move_x(x, z), z, state.x)
+        updates = jax.tree.map(move_y, state.z, z, params, x)
+        return updates, ScheduleFreeState(
+            count=optax.safe_increment(state.count),
+            b1=jnp.asarray(b1_of_y, scalar_dtype()),
+            weight_sum=weights.weight_sum.hi,
+            weight_sum_lo=weights.weight_sum.lo,
+            lr_max=weights.lr_max,
+            z=z,
+            x=x,
+            base_state=base_state,
+            step_size_state=step_size_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def schedule_free(
+    base_optimizer: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    b1: optax.ScalarOrSchedule = 0.9,
+    weight_lr_power: float = 2.0,
+    state_dtype: jax.typing.DTypeLike | None = None,
+    *,
+    r: float = 0.0,
+    average: Average | None = None,
+    store_x: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Schedule-Free over any optax optimizer.
+
+    ``base_optimizer`` moves z with the gradients taken at y; x is the weighted mean
+    of all z:
+
+    .. math::
+
+        z' &= z + u \\
+        x' &= (1 - c) x + c z' \\
+        y' &= (1 - \beta) z' + \beta x'
+
+    Args:
+      base_optimizer: any optax transformation, its learning rate included. It should
+        have no momentum of its own: β takes that part. It is given y as its params,
+        so its weight decay pulls y towards zero.
+      learning_rate: a float, an array or a schedule of the count: what weighs the
+        average (the base optimizer has its own). Give both the same schedule.
+      b1: β, the weight of x in y, in [0, 1]; a float, an array or a schedule. A
+        schedule that reaches 0 needs ``store_x=True``.
+      weight_lr_power: steps are weighed by the largest learning rate so far to this
+        power; 2 keeps warmup out of the average.
+      state_dtype: dtype of z, x and the moments. By default that of each parameter,
+        float32 for those narrower than it.
+      r: steps are also weighed by ``(k + 1) ** r``.
+      average: another averaging weight, in place of the one that ``r`` and
+        ``weight_lr_power`` describe: ``(count, lr, weights) -> (c, weights)``.
+      store_x: keep x in the state (one more array a leaf), so that ``eval_params``
+        needs no params. x is always kept for parameters narrower than z and for
+        ``b1 = 0``, where y does not determine it.
+
+    Returns:
+      An optax transformation. Its updates have the params' structure and dtypes and
+      move them from y to the next y; its state is a :class:`ScheduleFreeState`.
+      ``update`` needs ``params`` and hands further keyword arguments to the base.
+
+    Raises:
+      ValueError: b1 outside [0, 1], a negative learning rate, a state_dtype that is
+        not floating; in ``init`` leaves that are not floating; in ``update`` params
+        missing or gradients that do not fit them.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, sf_jax
+      >>> tx = sf_jax.schedule_free(optax.rmsprop(0.05), learning_rate=0.05)
+      >>> loss = lambda w: jnp.sum((w - 3.0) ** 2)
+      >>> params = jnp.zeros(2)  # y
+      >>> state = tx.init(params)
+      >>> @jax.jit
+      ... def step(params, state):
+      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+      ...     return optax.apply_updates(params, updates), state
+      >>> for _ in range(400):
+      ...     params, state = step(params, state)
+      >>> x = sf_jax.eval_params(state, params)
+      >>> bool(loss(x) < 1e-2)
+      True
+
+    References:
+      Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
+    """
+    _checks.learning_rate(learning_rate)
+    transformation = optax.with_extra_args_support(base_optimizer)
+
+    def update(
+        grads: optax.Updates,
+        state: optax.OptState,
+        iterates: Iterates,
+        count: jax.Array,
+        lr: jax.Array,
+        extra_args: dict[str, Any],
+    ) -> tuple[optax.Updates, optax.OptState]:
+        return transformation.update(grads, state, iterates.y, **extra_args)
+
+    return rule(
+        Base(transformation.init, update),
+        of_count(_averaging.scheduled(learning_rate)),
+        average or _averaging.polynomial_average(r, weight_lr_power),
+        b1,
+        state_dtype=state_dtype,
+        store_x=store_x,
+    )
+
+
+def recover_x(y: jax.Array, z: jax.Array, b1: jax.Array) -> jax.Array:
+    """``x = y + ((1 - β) / β) (y - z)``, in y's dtype."""
+    y_wide, z_wide = widen(y), widen(z)
+    return (y_wide + like((1 - b1) / b1, y_wide) * (y_wide - z_wide)).astype(y.dtype)
+
+
+def recover_y(x: jax.Array, z: jax.Array, b1: jax.Array) -> jax.Array:
+    """``y = x + (1 - β) (z - x)``, in z's dtype."""
+    x_wide, z_wide = widen(x), widen(z)
+    return (x_wide + like(1 - b1, x_wide) * (z_wide - x_wide)).astype(z.dtype)
+
+
+def widen(leaf: jax.Array) -> jax.Array:
+    """The leaf in the dtype for arithmetic: its own, at least float32."""
+    return jnp.asarray(leaf, jnp.promote_types(jnp.result_type(leaf), jnp.float32))
+
+
+def like(scalar: jax.typing.ArrayLike, leaf: jax.Array) -> jax.Array:
+    """The scalar in the leaf's real dtype; float64 scalars must not promote leaves."""
+    return jnp.asarray(scalar, jnp.finfo(leaf.dtype).dtype)
+
+
+def _lean_coefficients(
+    ckp1: jax.Array,
+    b1: jax.typing.ArrayLike,
+    b1_before: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Of (z - y) and of (z' - z). ``b1_before=None``: β is constant."""
+    step_coefficient = _averaging.complement(b1) + b1 * ckp1
+    if b1_before is None:
+        return ckp1, step_coefficient
+    e = (b1_before - b1) / b1_before
+    return ckp1 + e * (1 - ckp1), step_coefficient
+
+
+def _state_dtype(
+    param: jax.Array, state_dtype: jax.typing.DTypeLike | None
+) -> jax.typing.DTypeLike:
+    dtype = jnp.result_type(param)
+    if state_dtype is None:
+        return jnp.promote_types(dtype, jnp.float32)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return jnp.promote_types(state_dtype, jnp.complex64)
+    return jnp.dtype(state_dtype)
+
+
+def _is_master(z: jax.Array, param: jax.Array) -> bool:
+    """Whether the parameter is a rounded copy of what the state holds."""
+    return jnp.finfo(jnp.result_type(param)).bits < jnp.finfo(z.dtype).bits
+
+
+def _is_lean(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def _copy(leaf: jax.typing.ArrayLike, dtype: jax.typing.DTypeLike) -> jax.Array:
+    # A copy, or donating the params would take the state's buffer along.
+    return jnp.array(leaf, dtype, copy=True)
