@@ -43,9 +43,9 @@ def double(value: jax.typing.ArrayLike) -> Double:
         return Double(jnp.asarray(rounded), jnp.asarray(rest, dtype))
     array = jnp.asarray(value)
     if jnp.issubdtype(array.dtype, jnp.integer):
-        # An int32 count beyond 2^24 does not fit into float32; the rest goes into lo.
-        hi = array.astype(dtype)
-        return Double(hi, (array - hi.astype(array.dtype)).astype(dtype))
+        # An int32 count beyond 2^24 does not fit into float32: in two parts it does.
+        low = array & 0xFF
+        return _renormalise((array - low).astype(dtype), low.astype(dtype))
     return Double(array.astype(dtype), jnp.zeros((), dtype))
 
 
@@ -94,13 +94,14 @@ def _two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _two_product(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # The halves are cut with a mask and not by Veltkamp's multiplication, which a
-    # compiler that contracts a * b + c into one rounding would change.
-    product = a * b
+    # Products of halves only: they are exact, so a compiler that contracts a * b + c
+    # into one rounding changes nothing. For the same reason the halves are cut with a
+    # mask and not with Veltkamp's multiplication.
     a_hi, a_lo = _halves(a)
     b_hi, b_lo = _halves(b)
-    error = ((a_hi * b_hi - product) + a_hi * b_lo + a_lo * b_hi) + a_lo * b_lo
-    return product, error
+    total, error = _two_sum(a_hi * b_hi, a_hi * b_lo)
+    total, more = _two_sum(total, a_lo * b_hi)
+    return total, (error + more) + a_lo * b_lo
 
 
 def _halves(a: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -54,17 +54,17 @@ def rho(b2: jax.typing.ArrayLike, count: jax.Array) -> jax.Array:
     """
     steps = (count + 1).astype(scalar_dtype())
     a = -_averaging.log(b2)
-    return _langevin(a / 2) + steps * (1 - _langevin(a * steps / 2))
+    return (1 - _one_minus_langevin(a / 2)) + steps * _one_minus_langevin(a * steps / 2)
 
 
-def _langevin(h: jax.Array) -> jax.Array:
+def _one_minus_langevin(h: jax.Array) -> jax.Array:
     small = jnp.minimum(h, 0.25)
     series = small * jnp.polyval(
         jnp.asarray(_LANGEVIN[::-1], scalar_dtype()), small * small
     )
     large = jnp.maximum(h, 0.25)
-    closed = 1 - 1 / large + 2 / jnp.expm1(2 * large)
-    return jnp.where(h < 0.25, series, closed)
+    closed = 1 / large - 2 / jnp.expm1(2 * large)
+    return jnp.where(h < 0.25, 1 - series, closed)
 
 
 def rectification(b2: jax.typing.ArrayLike, count: jax.Array) -> jax.Array:
