@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 PYTEST  = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 WORKERS ?= 2
 
-.PHONY: demo test test-slow lint format parity clean help
+.PHONY: demo test test-slow tpu lint format parity clean help
 .DEFAULT_GOAL := help
 
 $(STAMP): pyproject.toml constraints.txt
@@ -24,6 +24,10 @@ test: $(STAMP)  ## tests and doctests, a few minutes on two cores
 # pytest exits with 5 when nothing is marked slow.
 test-slow: $(STAMP)  ## the long tests only
 	$(PYTEST) -m slow || [ $$? -eq 5 ]
+
+tpu: $(STAMP)  ## compile every step for TPUs, on this machine (installs libtpu)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[tpu]'
+	$(BIN)/python -m pytest tests/test_tpu_compile.py
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""What an optax user may rely on: dtypes, compilation, donation, combinators, errors."""
+"""What an optax user may rely on: dtypes, compilation, donation, errors."""
 
 from functools import partial
 

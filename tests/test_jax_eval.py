@@ -138,7 +138,7 @@ def test_train_params_is_the_way_back(trained):
 
 
 def test_x_survives_the_donation_of_the_state():
-    params, state = train(sgd(store_x=True))
+    _, state = train(sgd(store_x=True))
     x = sf_jax.eval_params(state)
     copy = jax.tree.map(np.array, x)
     jax.jit(lambda s: jax.tree.map(jnp.negative, s), donate_argnums=0)(state)
@@ -172,7 +172,7 @@ def test_a_batch_of_states_outside_vmap_is_refused():
     tx = sgd()
     starts = jax.tree.map(lambda p: jnp.stack([p, p]), PARAMS)
     states = jax.vmap(tx.init)(starts)
-    with pytest.raises(ValueError, match="jax.vmap"):
+    with pytest.raises(ValueError, match="vmap"):
         sf_jax.eval_params(states, starts)
     assert_close(jax.vmap(sf_jax.eval_params)(states, starts), starts)
 

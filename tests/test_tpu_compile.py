@@ -1,0 +1,120 @@
+"""The step compiled ahead of time for TPUs: one pass over memory, no temporaries.
+
+Runs on any machine where libtpu installs (`make tpu`); what it asserts is the
+compiler's own report. Leaves are large, since small ones stay in a chip's vector
+memory, where bytes accessed mean something else.
+"""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+import sf_jax
+
+pytest.importorskip("libtpu", reason="libtpu is not installed; `make tpu` brings it")
+
+# libtpu would otherwise look for the machine it runs on.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
+LEAF = 2**27
+SCALARS = 0.1  # of a leaf: what scalars and the compiler's padding may add
+
+# Optimizer and the arrays that it keeps besides z, per leaf.
+OPTIMIZERS = {
+    "sgd": (sf_jax.schedule_free_sgd, {"weight_decay": 0.1, "warmup_steps": 10}, 0),
+    "adamw": (
+        sf_jax.schedule_free_adamw,
+        {"weight_decay": 0.1, "warmup_steps": 10},
+        1,
+    ),
+    "adamw_decay_at_x": (
+        sf_jax.schedule_free_adamw,
+        {"weight_decay": 0.1, "decay_at": "x"},
+        1,
+    ),
+    "adamw_momentum": (sf_jax.schedule_free_adamw, {"inner_momentum": 0.9}, 2),
+    "adamw_paper": (sf_jax.schedule_free_adamw, {"variant": "paper"}, 1),
+    "adamw_algoperf": (
+        sf_jax.schedule_free_adamw,
+        {"variant": "algoperf", "weight_decay": 0.1},
+        1,
+    ),
+    "adamw_b1_schedule": (
+        sf_jax.schedule_free_adamw,
+        {"b1": optax.linear_schedule(0.9, 0.98, 100)},
+        1,
+    ),
+    "radam": (sf_jax.schedule_free_radam, {"weight_decay": 0.1}, 1),
+    "wrapped_rmsprop": (
+        lambda **options: sf_jax.schedule_free(optax.rmsprop(0.01), 0.01, **options),
+        {},
+        1,
+    ),
+}
+
+pytestmark = pytest.mark.xdist_group("libtpu")  # one process at a time may hold it
+
+
+def compile_step(tx, dtype, topology):
+    description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    sharding = SingleDeviceSharding(description.devices[0])
+
+    def abstract(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    params = abstract(jax.ShapeDtypeStruct((LEAF,), dtype))
+    state = jax.tree.map(abstract, jax.eval_shape(tx.init, params))
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+    return jitted.lower(params, state, params).compile()
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(
+    ("dtype", "store_x"),
+    [(jnp.float32, False), (jnp.float32, True), (jnp.bfloat16, False)],
+    ids=["lean", "stored", "bfloat16"],
+)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_is_one_pass_over_memory(name, dtype, store_x, topology):
+    factory, options, moments = OPTIMIZERS[name]
+    compiled = compile_step(factory(store_x=store_x, **options), dtype, topology)
+
+    has_x = store_x or dtype == jnp.bfloat16
+    # In float32 arrays: each of z, x and the moments is read and written, and so is
+    # the parameter; the gradient is read. AdamW: 7, SGD: 5.
+    half = jnp.dtype(dtype).itemsize / 4
+    expected = 2 * (1 + has_x + moments) + 3 * half
+    accessed = compiled.cost_analysis()["bytes accessed"] / (4 * LEAF)
+    memory = compiled.memory_analysis()
+    assert accessed <= expected + SCALARS
+    assert memory.temp_size_in_bytes < 4096
+    # Everything that is written is written in place.
+    assert memory.alias_size_in_bytes >= (expected - half) / 2 * 4 * LEAF
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_limit_would_catch_a_second_pass(name):
+    """A step that looks at the whole new z before it moves y must fail the limit."""
+    factory, options, moments = OPTIMIZERS[name]
+    tx = factory(**options)
+
+    def update(grads, state, params):
+        updates, state = tx.update(grads, state, params)
+        return updates / jnp.linalg.norm(state.z), state
+
+    compiled = compile_step(
+        optax.GradientTransformation(tx.init, update), jnp.float32, TOPOLOGIES[0]
+    )
+    accessed = compiled.cost_analysis()["bytes accessed"] / (4 * LEAF)
+    assert accessed > 5 + 2 * moments + SCALARS
