@@ -1,0 +1,1 @@
+"""Both packages held against a float64 reference and against each other."""

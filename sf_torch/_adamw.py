@@ -1,0 +1,175 @@
+"""Schedule-Free AdamW, and the form whose bias correction enters the step size.
+
+    v  = b2 v + (1 - b2) |g|²
+    z' = z - lr_k (ĝ / (sqrt(v / (1 - b2^(k+1))) + eps) + λ p)
+
+with ĝ = g, or with ``inner_momentum`` b: m = b m + (1 - b) g, ĝ = m / (1 - b^(k+1)).
+
+References:
+  Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
+"""
+
+import math
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from sf_torch import _kernels
+from sf_torch._averaging import one_minus_power, warmed_up
+from sf_torch._kernels import Tensors
+from sf_torch._optimizer import (
+    Group,
+    Leaves,
+    ScheduleFree,
+    bookkeeping,
+    check_common,
+    check_decay_rate,
+    check_interpolation,
+    decay,
+)
+
+
+class AdamWScheduleFree(ScheduleFree):
+    """Schedule-Free AdamW.
+
+        v  = b2 v + (1 - b2) |g|²
+        z' = z - lr_k (g / (sqrt(v / (1 - b2^(k+1))) + eps) + λ p)
+        x' = (1 - c_k) x + c_k z'
+        y' = (1 - β) z' + β x'
+
+    Args:
+      params: parameters or groups of them, as for any torch optimizer.
+      lr: step size; good values are 1 to 10 times those of AdamW with a schedule.
+      betas: (β, b2): the weight of x in y, in [0, 1], and the decay rate of the
+        second moment, in [0, 1).
+      eps: added to the root of v.
+      weight_decay: λ, decoupled and times the learning rate.
+      warmup_steps: steps of linear warmup.
+      r: steps are weighed by ``(k + 1) ** r``.
+      weight_lr_power: and by the largest learning rate so far to this power.
+      foreach: all parameters in a few large kernels; None for CUDA only.
+      inner_momentum: decay rate of a first moment in the numerator, in [0, 1); 0 for
+        the plain gradient, which keeps no first moment.
+      decay_at: "y", "z" or "x": what the decay pulls towards zero by.
+      store_x: keep x in the state.
+      state_dtype: dtype of the state. By default that of each parameter, float32 for
+        those narrower than it.
+
+    Raises:
+      ValueError: an argument out of its range.
+      TypeError: ``warmup_steps`` that is not an integer.
+
+    Examples:
+      >>> import torch, sf_torch
+      >>> w = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
+      >>> optimizer = sf_torch.AdamWScheduleFree([w], lr=0.1, warmup_steps=10)
+      >>> optimizer.train()
+      >>> for _ in range(200):
+      ...     optimizer.zero_grad()
+      ...     w.square().sum().backward()
+      ...     optimizer.step()
+      >>> with optimizer.eval_mode():
+      ...     bool(w.norm() < 0.2)
+      True
+
+    References:
+      Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 0.0025,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        warmup_steps: int = 0,
+        r: float = 0.0,
+        weight_lr_power: float = 2.0,
+        foreach: bool | None = None,
+        *,
+        inner_momentum: float = 0.0,
+        decay_at: str = "y",
+        store_x: bool = False,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        options = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "warmup_steps": warmup_steps,
+            "r": r,
+            "weight_lr_power": weight_lr_power,
+            "foreach": foreach,
+            "inner_momentum": inner_momentum,
+            "decay_at": decay_at,
+        }
+        super().__init__(params, options | bookkeeping(store_x, state_dtype))
+
+    def _check_group(self, group: Group) -> None:
+        check_common(group)
+        check_interpolation("betas[0]", group["betas"][0])
+        check_decay_rate("betas[1]", group["betas"][1])
+        check_decay_rate("inner_momentum", group["inner_momentum"])
+
+    def _beta(self, group: Group) -> float:
+        return group["betas"][0]
+
+    def _moments(self, group: Group) -> tuple[str, ...]:
+        return ("exp_avg_sq", "exp_avg") if group["inner_momentum"] else ("exp_avg_sq",)
+
+    def _step_size(self, group: Group) -> float:
+        return warmed_up(float(group["lr"]), group["k"], group["warmup_steps"])
+
+    def _correction(self, group: Group) -> float:
+        """What v is divided by."""
+        return one_minus_power(group["betas"][1], group["k"])
+
+    def _displacement(self, group: Group, leaves: Leaves, lr: float) -> Tensors:
+        v, b = leaves.state("exp_avg_sq"), group["inner_momentum"]
+        _kernels.move_mean(v, _kernels.squared(leaves.grads), group["betas"][1])
+        numerators = leaves.grads
+        if b:
+            means = leaves.state("exp_avg")
+            _kernels.move_mean(means, leaves.grads, b)
+            numerators = list(
+                torch._foreach_div(means, one_minus_power(b, group["k"]))
+            )
+        steps = _kernels.over_root(
+            numerators, v, self._correction(group), group["eps"]
+        )
+        decay(steps, group, leaves)
+        torch._foreach_mul_(steps, -lr)
+        return steps
+
+
+class AdamWScheduleFreePaper(AdamWScheduleFree):
+    """Schedule-Free AdamW with the bias correction in the step size.
+
+        lr_k = lr · min(1, (k+1) / warmup_steps) · sqrt(1 - b2^(k+1))
+        z'   = z - lr_k (g / (sqrt(v) + eps) + λ p)
+
+    The averaging weight sees this lr_k too. Arguments and errors are those of
+    :class:`AdamWScheduleFree`.
+
+    Examples:
+      >>> import torch, sf_torch
+      >>> w = torch.nn.Parameter(torch.ones(2))
+      >>> optimizer = sf_torch.AdamWScheduleFreePaper([w], lr=0.1)
+      >>> optimizer.train()
+      >>> w.sum().backward()
+      >>> optimizer.step()
+      >>> [round(value, 3) for value in w.tolist()]
+      [0.9, 0.9]
+
+    References:
+      Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
+    """
+
+    def _step_size(self, group: Group) -> float:
+        correction = one_minus_power(group["betas"][1], group["k"])
+        return super()._step_size(group) * math.sqrt(correction)
+
+    def _correction(self, group: Group) -> float:
+        return 1.0

@@ -1,0 +1,127 @@
+"""Schedule-Free RAdam: AdamW whose step size is rectified, without warmup.
+
+References:
+  Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
+  Liu et al., *On the Variance of the Adaptive Learning Rate and Beyond*,
+    https://arxiv.org/abs/1908.03265 (the rectification)
+"""
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from sf_torch import _kernels
+from sf_torch._averaging import one_minus_power, rectification
+from sf_torch._kernels import Tensors
+from sf_torch._optimizer import (
+    Group,
+    Leaves,
+    ScheduleFree,
+    bookkeeping,
+    check_common,
+    check_decay_rate,
+    check_interpolation,
+    decay,
+)
+
+
+class RAdamScheduleFree(ScheduleFree):
+    """Schedule-Free RAdam, which needs no warmup.
+
+    With t = k + 1, ρ∞ = 2 / (1 - b2) - 1, ρ = ρ∞ - 2 t b2^t / (1 - b2^t), where ρ > 4
+
+        lr_k = lr sqrt((ρ - 4) (ρ - 2) ρ∞ / ((ρ∞ - 4) (ρ∞ - 2) ρ))
+
+    and the direction is Adam's. In the first steps, where ρ <= 4, lr_k is 0
+    (``silent_sgd_phase``), or lr with the plain gradient.
+
+    Args:
+      params: parameters or groups of them, as for any torch optimizer.
+      lr: step size.
+      betas: (β, b2): the weight of x in y, in [0, 1], and the decay rate of the
+        second moment, in [0, 1).
+      eps: added to the root of v.
+      weight_decay: λ, decoupled and times the learning rate, at y.
+      r: steps are weighed by ``(k + 1) ** r``.
+      weight_lr_power: and by the largest learning rate so far to this power.
+      foreach: all parameters in a few large kernels; None for CUDA only.
+      silent_sgd_phase: whether the first steps move nothing.
+      store_x: keep x in the state.
+      state_dtype: dtype of the state. By default that of each parameter, float32 for
+        those narrower than it.
+
+    Raises:
+      ValueError: an argument out of its range.
+
+    Examples:
+      >>> import torch, sf_torch
+      >>> w = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
+      >>> optimizer = sf_torch.RAdamScheduleFree([w], lr=0.5)
+      >>> optimizer.train()
+      >>> for _ in range(200):
+      ...     optimizer.zero_grad()
+      ...     w.square().sum().backward()
+      ...     optimizer.step()
+      >>> bool(optimizer.eval_params()[0].norm() < 0.2)
+      True
+
+    References:
+      Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 0.0025,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        r: float = 0.0,
+        weight_lr_power: float = 2.0,
+        foreach: bool | None = None,
+        silent_sgd_phase: bool = True,
+        *,
+        store_x: bool = False,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        options = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "r": r,
+            "weight_lr_power": weight_lr_power,
+            "foreach": foreach,
+            "silent_sgd_phase": silent_sgd_phase,
+        }
+        super().__init__(params, options | bookkeeping(store_x, state_dtype))
+
+    def _check_group(self, group: Group) -> None:
+        check_common(group)
+        check_interpolation("betas[0]", group["betas"][0])
+        check_decay_rate("betas[1]", group["betas"][1])
+
+    def _beta(self, group: Group) -> float:
+        return group["betas"][0]
+
+    def _moments(self, group: Group) -> tuple[str, ...]:
+        return ("exp_avg_sq",)
+
+    def _step_size(self, group: Group) -> float:
+        factor = rectification(group["betas"][1], group["k"])
+        if factor is None:
+            factor = 0.0 if group["silent_sgd_phase"] else 1.0
+        return float(group["lr"]) * factor
+
+    def _displacement(self, group: Group, leaves: Leaves, lr: float) -> Tensors:
+        b2, k = group["betas"][1], group["k"]
+        v = leaves.state("exp_avg_sq")
+        _kernels.move_mean(v, _kernels.squared(leaves.grads), b2)
+        if rectification(b2, k) is None:
+            steps = [grad.clone() for grad in leaves.grads]
+        else:
+            steps = _kernels.over_root(
+                leaves.grads, v, one_minus_power(b2, k), group["eps"]
+            )
+        decay(steps, group, leaves)
+        torch._foreach_mul_(steps, -lr)
+        return steps

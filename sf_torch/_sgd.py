@@ -1,0 +1,106 @@
+"""Schedule-Free SGD: ``z' = z - lr_k (g + λ p)``, p one of y, z, x.
+
+References:
+  Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
+"""
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from sf_torch._averaging import warmed_up
+from sf_torch._kernels import Tensors
+from sf_torch._optimizer import (
+    Group,
+    Leaves,
+    ScheduleFree,
+    bookkeeping,
+    check_common,
+    check_interpolation,
+    decay,
+)
+
+
+class SGDScheduleFree(ScheduleFree):
+    """Schedule-Free SGD.
+
+        z' = z - lr_k (g + λ p)
+        x' = (1 - c_k) x + c_k z'
+        y' = (1 - β) z' + β x'
+
+    Args:
+      params: parameters or groups of them, as for any torch optimizer.
+      lr: step size; good values are 10 to 50 times those of SGD with a schedule.
+      momentum: β, the weight of x in y, in [0, 1]. It takes the place of momentum.
+      weight_decay: λ, decoupled and times the learning rate.
+      warmup_steps: steps of linear warmup.
+      r: steps are weighed by ``(k + 1) ** r``.
+      weight_lr_power: and by the largest learning rate so far to this power.
+      foreach: all parameters in a few large kernels; None for CUDA only.
+      decay_at: "y", "z" or "x": what the decay pulls towards zero by.
+      store_x: keep x in the state.
+      state_dtype: dtype of the state. By default that of each parameter, float32 for
+        those narrower than it.
+
+    Raises:
+      ValueError: an argument out of its range.
+      TypeError: ``warmup_steps`` that is not an integer.
+
+    Examples:
+      >>> import torch, sf_torch
+      >>> w = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
+      >>> optimizer = sf_torch.SGDScheduleFree([w], lr=0.5, warmup_steps=10)
+      >>> optimizer.train()
+      >>> for _ in range(100):
+      ...     optimizer.zero_grad()
+      ...     w.square().sum().backward()
+      ...     optimizer.step()
+      >>> optimizer.eval()
+      >>> bool(w.norm() < 0.2)
+      True
+
+    References:
+      Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1.0,
+        momentum: float = 0.9,
+        weight_decay: float = 0,
+        warmup_steps: int = 0,
+        r: float = 0.0,
+        weight_lr_power: float = 2.0,
+        foreach: bool | None = None,
+        *,
+        decay_at: str = "y",
+        store_x: bool = False,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        options = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "warmup_steps": warmup_steps,
+            "r": r,
+            "weight_lr_power": weight_lr_power,
+            "foreach": foreach,
+            "decay_at": decay_at,
+        }
+        super().__init__(params, options | bookkeeping(store_x, state_dtype))
+
+    def _check_group(self, group: Group) -> None:
+        check_common(group)
+        check_interpolation("momentum", group["momentum"])
+
+    def _beta(self, group: Group) -> float:
+        return group["momentum"]
+
+    def _step_size(self, group: Group) -> float:
+        return warmed_up(float(group["lr"]), group["k"], group["warmup_steps"])
+
+    def _displacement(self, group: Group, leaves: Leaves, lr: float) -> Tensors:
+        steps = [grad.clone() for grad in leaves.grads]
+        decay(steps, group, leaves)
+        torch._foreach_mul_(steps, -lr)
+        return steps
