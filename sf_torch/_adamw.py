@@ -133,12 +133,8 @@ class AdamWScheduleFree(ScheduleFree):
         if b:
             means = leaves.state("exp_avg")
             _kernels.move_mean(means, leaves.grads, b)
-            numerators = list(
-                torch._foreach_div(means, one_minus_power(b, group["k"]))
-            )
-        steps = _kernels.over_root(
-            numerators, v, self._correction(group), group["eps"]
-        )
+            numerators = list(torch._foreach_div(means, one_minus_power(b, group["k"])))
+        steps = _kernels.over_root(numerators, v, self._correction(group), group["eps"])
         decay(steps, group, leaves)
         torch._foreach_mul_(steps, -lr)
         return steps

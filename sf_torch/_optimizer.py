@@ -317,9 +317,7 @@ class ScheduleFree(torch.optim.Optimizer):
             yield Leaves(batch, grads, ys, zs, xs, states)
 
 
-def decay(
-    steps: Tensors, group: Group, leaves: Leaves, at: str | None = None
-) -> None:
+def decay(steps: Tensors, group: Group, leaves: Leaves, at: str | None = None) -> None:
     """Adds ``λ p`` in place, with p one of y, z, x before the step."""
     if group["weight_decay"]:
         at = at or group.get("decay_at", "y")

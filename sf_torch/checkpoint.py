@@ -145,8 +145,9 @@ def _check_shapes(
     problems += [
         f"{name} is {tuple(saved[name].shape)}, the model's {tuple(own[name].shape)}"
         for name in own.keys() & saved.keys()
-        if isinstance(own[name], torch.Tensor)
-        and saved[name].shape != own[name].shape
+        if isinstance(own[name], torch.Tensor) and saved[name].shape != own[name].shape
     ]
     if problems:
-        raise ValueError(f"{path} does not fit the model: {'; '.join(sorted(problems))}.")
+        raise ValueError(
+            f"{path} does not fit the model: {'; '.join(sorted(problems))}."
+        )
