@@ -10,23 +10,17 @@ References:
 """
 
 import math
+from typing import Any
 
 import torch
 from torch.optim.optimizer import ParamsT
 
 from sf_torch import _kernels
-from sf_torch._averaging import one_minus_power, warmed_up
+from sf_torch._averaging import Group, one_minus_power
+from sf_torch._forms import Closure, Reference
 from sf_torch._kernels import Tensors
-from sf_torch._optimizer import (
-    Group,
-    Leaves,
-    ScheduleFree,
-    bookkeeping,
-    check_common,
-    check_decay_rate,
-    check_interpolation,
-    decay,
-)
+from sf_torch._leaves import Leaves
+from sf_torch._optimizer import ScheduleFree, bookkeeping, decayed
 
 
 class AdamWScheduleFree(ScheduleFree):
@@ -107,37 +101,26 @@ class AdamWScheduleFree(ScheduleFree):
         }
         super().__init__(params, options | bookkeeping(store_x, state_dtype))
 
-    def _check_group(self, group: Group) -> None:
-        check_common(group)
-        check_interpolation("betas[0]", group["betas"][0])
-        check_decay_rate("betas[1]", group["betas"][1])
-        check_decay_rate("inner_momentum", group["inner_momentum"])
-
-    def _beta(self, group: Group) -> float:
-        return group["betas"][0]
-
     def _moments(self, group: Group) -> tuple[str, ...]:
         return ("exp_avg_sq", "exp_avg") if group["inner_momentum"] else ("exp_avg_sq",)
-
-    def _step_size(self, group: Group) -> float:
-        return warmed_up(float(group["lr"]), group["k"], group["warmup_steps"])
 
     def _correction(self, group: Group) -> float:
         """What v is divided by."""
         return one_minus_power(group["betas"][1], group["k"])
 
-    def _displacement(self, group: Group, leaves: Leaves, lr: float) -> Tensors:
-        v, b = leaves.state("exp_avg_sq"), group["inner_momentum"]
-        _kernels.move_mean(v, _kernels.squared(leaves.grads), group["betas"][1])
-        numerators = leaves.grads
+    def _move_z(self, group: Group, leaves: Leaves, lr: float) -> Tensors:
+        numerators, b = leaves.grads, group["inner_momentum"]
         if b:
-            means = leaves.state("exp_avg")
+            means = leaves.moments["exp_avg"]
             _kernels.move_mean(means, leaves.grads, b)
-            numerators = list(torch._foreach_div(means, one_minus_power(b, group["k"])))
-        steps = _kernels.over_root(numerators, v, self._correction(group), group["eps"])
-        decay(steps, group, leaves)
-        torch._foreach_mul_(steps, -lr)
-        return steps
+            numerators = torch._foreach_div(means, one_minus_power(b, group["k"]))
+        v = leaves.moments["exp_avg_sq"]
+        _kernels.move_mean(v, _kernels.squared(leaves.grads), group["betas"][1])
+        directions = _kernels.over_root(
+            numerators, v, self._correction(group), group["eps"]
+        )
+        directions = decayed(directions, group, leaves, group["decay_at"])
+        return torch._foreach_add(leaves.zs, directions, alpha=-lr)
 
 
 class AdamWScheduleFreePaper(AdamWScheduleFree):
@@ -169,3 +152,31 @@ class AdamWScheduleFreePaper(AdamWScheduleFree):
 
     def _correction(self, group: Group) -> float:
         return 1.0
+
+
+class AdamWScheduleFreeReference(Reference, AdamWScheduleFree):
+    """:class:`AdamWScheduleFree` with x, y and z all stored."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 0.0025,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        warmup_steps: int = 0,
+        r: float = 0.0,
+        weight_lr_power: float = 2.0,
+        decay_at_z: bool = False,
+        *args: Any,
+        **options: Any,
+    ) -> None:
+        # Meta's class of this name says where decay is taken in this way.
+        if decay_at_z:
+            options["decay_at"] = "z"
+        common = (lr, betas, eps, weight_decay, warmup_steps, r, weight_lr_power)
+        super().__init__(params, *common, *args, **options)
+
+
+class AdamWScheduleFreeClosure(Closure, AdamWScheduleFree):
+    """:class:`AdamWScheduleFree` for ``step(closure)``, without modes to switch."""
