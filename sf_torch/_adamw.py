@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from torch.optim.optimizer import ParamsT
 
-from sf_torch import _kernels
 from sf_torch._averaging import Group, one_minus_power
 from sf_torch._forms import Closure, Reference
-from sf_torch._kernels import Tensors
-from sf_torch._leaves import Leaves
-from sf_torch._optimizer import ScheduleFree, bookkeeping, decayed
+from sf_torch._kernels import BaseStep
+from sf_torch._optimizer import ScheduleFree, bookkeeping
 
 
 class AdamWScheduleFree(ScheduleFree):
@@ -104,23 +102,18 @@ class AdamWScheduleFree(ScheduleFree):
     def _moments(self, group: Group) -> tuple[str, ...]:
         return ("exp_avg_sq", "exp_avg") if group["inner_momentum"] else ("exp_avg_sq",)
 
-    def _correction(self, group: Group) -> float:
-        """What v is divided by."""
-        return one_minus_power(group["betas"][1], group["k"])
-
-    def _move_z(self, group: Group, leaves: Leaves, lr: float) -> Tensors:
-        numerators, b = leaves.grads, group["inner_momentum"]
-        if b:
-            means = leaves.moments["exp_avg"]
-            _kernels.move_mean(means, leaves.grads, b)
-            numerators = torch._foreach_div(means, one_minus_power(b, group["k"]))
-        v = leaves.moments["exp_avg_sq"]
-        _kernels.move_mean(v, _kernels.squared(leaves.grads), group["betas"][1])
-        directions = _kernels.over_root(
-            numerators, v, self._correction(group), group["eps"]
+    def _base_step(self, group: Group, lr: float) -> BaseStep:
+        b, b2, k = group["inner_momentum"], group["betas"][1], group["k"]
+        return BaseStep(
+            lr,
+            float(group["weight_decay"]),
+            group["decay_at"],
+            b2=b2,
+            correction=one_minus_power(b2, k),
+            eps=group["eps"],
+            inner_momentum=b,
+            momentum_correction=one_minus_power(b, k),
         )
-        directions = decayed(directions, group, leaves, group["decay_at"])
-        return torch._foreach_add(leaves.zs, directions, alpha=-lr)
 
 
 class AdamWScheduleFreePaper(AdamWScheduleFree):
@@ -150,8 +143,8 @@ class AdamWScheduleFreePaper(AdamWScheduleFree):
         correction = one_minus_power(group["betas"][1], group["k"])
         return super()._step_size(group) * math.sqrt(correction)
 
-    def _correction(self, group: Group) -> float:
-        return 1.0
+    def _base_step(self, group: Group, lr: float) -> BaseStep:
+        return super()._base_step(group, lr)._replace(correction=1.0)
 
 
 class AdamWScheduleFreeReference(Reference, AdamWScheduleFree):

@@ -15,10 +15,13 @@ References:
   Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from sf_torch._leaves import Leaves
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 """Tensors of one device and dtype, one for each parameter."""
@@ -31,6 +34,25 @@ class Scalars(NamedTuple):
     ckp1: float  # c_k: how much of z' enters x
     b1: float  # β: what the present y was formed with
     next_b1: float  # β': what the next y is formed with
+
+
+class BaseStep(NamedTuple):
+    """One step of the base optimizer in numbers.
+
+    m  = b m + (1 - b) g,  ĝ = m / momentum_correction       or ĝ = g if b = 0
+    v  = b2 v + (1 - b2) |g|²
+    z' = z - lr (ĝ / (sqrt(v / correction) + eps) + λ p)     or without the division
+    """
+
+    lr: float
+    weight_decay: float  # λ
+    decay_at: str  # which of x, y, z before the step is p
+    b2: float | None = None  # None: no v
+    correction: float = 1.0
+    eps: float = 0.0
+    divides: bool = True
+    inner_momentum: float = 0.0  # b; 0: no m
+    momentum_correction: float = 1.0
 
 
 def recover_x(ys: Tensors, zs: Tensors, b1: float) -> Tensors:
@@ -61,6 +83,27 @@ def move_x(xs: Tensors, new_zs: Tensors, ckp1: float) -> None:
     torch._foreach_lerp_(xs, new_zs, ckp1)
 
 
+def move_z(leaves: "Leaves", step: BaseStep) -> Tensors:
+    """z' as new tensors; moves the moments."""
+    directions = leaves.grads
+    if step.inner_momentum:
+        means = leaves.moments["exp_avg"]
+        move_mean(means, leaves.grads, step.inner_momentum)
+        directions = torch._foreach_div(means, step.momentum_correction)
+    if step.b2 is not None:
+        v = leaves.moments["exp_avg_sq"]
+        move_mean(v, _squared(leaves.grads), step.b2)
+        if step.divides:
+            roots = torch._foreach_div(v, step.correction)
+            torch._foreach_sqrt_(roots)
+            torch._foreach_add_(roots, step.eps)
+            directions = torch._foreach_div(directions, roots)
+    if step.weight_decay:
+        at = leaves.at(step.decay_at)
+        directions = torch._foreach_add(directions, at, alpha=step.weight_decay)
+    return torch._foreach_add(leaves.zs, directions, alpha=-step.lr)
+
+
 def move_mean(means: Tensors, values: Tensors, b: float) -> None:
     """``mean = b mean + (1 - b) value`` in place.
 
@@ -70,18 +113,8 @@ def move_mean(means: Tensors, values: Tensors, b: float) -> None:
     torch._foreach_lerp_(means, values, 1 - b)
 
 
-def squared(grads: Tensors) -> Tensors:
+def _squared(grads: Tensors) -> Tensors:
     """|g|², real also where g is complex."""
     if grads[0].is_complex():
         return [g.real.square() + g.imag.square() for g in grads]
     return torch._foreach_mul(grads, grads)
-
-
-def over_root(
-    numerators: Tensors, v: Tensors, correction: float, eps: float
-) -> Tensors:
-    """``numerator / (sqrt(v / correction) + eps)``, as new tensors."""
-    denominators = torch._foreach_div(v, correction)
-    torch._foreach_sqrt_(denominators)
-    torch._foreach_add_(denominators, eps)
-    return torch._foreach_div(numerators, denominators)

@@ -5,7 +5,8 @@ parameter holds ``z``, and ``x`` where y does not determine it: for parameters
 narrower than float32, whose state is the float32 master, for β = 0, and on request.
 
 An optimizer is a choice for four seams, each a method: the base step
-(:meth:`ScheduleFree._move_z`), the step size (:meth:`ScheduleFree._step_size`), the
+(:meth:`ScheduleFree._base_step`, or :meth:`ScheduleFree._move_z` for
+what its numbers do not cover), the step size (:meth:`ScheduleFree._step_size`), the
 averaging weight (:meth:`ScheduleFree._weight`) and the interpolation
 (:meth:`ScheduleFree._beta`).
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from sf_torch import _averaging, _checks, _kernels
 from sf_torch._averaging import Group
-from sf_torch._kernels import Scalars, Tensors
+from sf_torch._kernels import BaseStep, Scalars, Tensors
 from sf_torch._leaves import Leaf, Leaves, gather, is_master, local
 
 
@@ -51,9 +52,13 @@ class ScheduleFree(torch.optim.Optimizer):
         """Keys of the arrays that the base step keeps for each parameter."""
         return ()
 
+    def _base_step(self, group: Group, lr: float) -> BaseStep:
+        """How z moves, in numbers."""
+        raise NotImplementedError
+
     def _move_z(self, group: Group, leaves: Leaves, lr: float) -> Tensors:
         """z', as new tensors; moves the moments."""
-        raise NotImplementedError
+        return _kernels.move_z(leaves, self._base_step(group, lr))
 
     # Modes
 
@@ -336,15 +341,6 @@ def wide(a: Tensor, z: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Both in the dtype of arithmetic, as lists of one."""
     dtype = torch.promote_types(torch.promote_types(a.dtype, z.dtype), torch.float32)
     return [a.to(dtype)], [z.to(dtype)]
-
-
-def decayed(directions: Tensors, group: Group, leaves: Leaves, at: str) -> Tensors:
-    """``direction + λ p``, with p one of y, z, x before the step."""
-    if not group["weight_decay"]:
-        return directions
-    return torch._foreach_add(
-        directions, leaves.at(at), alpha=float(group["weight_decay"])
-    )
 
 
 def bookkeeping(store_x: bool, state_dtype: torch.dtype | None) -> Group:

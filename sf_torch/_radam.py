@@ -9,12 +9,10 @@ References:
 import torch
 from torch.optim.optimizer import ParamsT
 
-from sf_torch import _kernels
 from sf_torch._averaging import Group, one_minus_power, rectification
 from sf_torch._forms import Closure, Reference
-from sf_torch._kernels import Tensors
-from sf_torch._leaves import Leaves
-from sf_torch._optimizer import ScheduleFree, bookkeeping, decayed
+from sf_torch._kernels import BaseStep
+from sf_torch._optimizer import ScheduleFree, bookkeeping
 
 
 class RAdamScheduleFree(ScheduleFree):
@@ -97,16 +95,17 @@ class RAdamScheduleFree(ScheduleFree):
             factor = 0.0 if group["silent_sgd_phase"] else 1.0
         return float(group["lr"]) * factor
 
-    def _move_z(self, group: Group, leaves: Leaves, lr: float) -> Tensors:
+    def _base_step(self, group: Group, lr: float) -> BaseStep:
         b2, k = group["betas"][1], group["k"]
-        v = leaves.moments["exp_avg_sq"]
-        _kernels.move_mean(v, _kernels.squared(leaves.grads), b2)
-        directions = leaves.grads
-        if rectification(b2, k) is not None:
-            correction = one_minus_power(b2, k)
-            directions = _kernels.over_root(directions, v, correction, group["eps"])
-        directions = decayed(directions, group, leaves, "y")
-        return torch._foreach_add(leaves.zs, directions, alpha=-lr)
+        return BaseStep(
+            lr,
+            float(group["weight_decay"]),
+            "y",
+            b2=b2,
+            correction=one_minus_power(b2, k),
+            eps=group["eps"],
+            divides=rectification(b2, k) is not None,
+        )
 
 
 class RAdamScheduleFreeReference(Reference, RAdamScheduleFree):

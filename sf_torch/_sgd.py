@@ -11,9 +11,8 @@ from torch.optim.optimizer import ParamsT
 
 from sf_torch._averaging import Group
 from sf_torch._forms import Closure, Reference
-from sf_torch._kernels import Tensors
-from sf_torch._leaves import Leaves
-from sf_torch._optimizer import ScheduleFree, bookkeeping, decayed
+from sf_torch._kernels import BaseStep
+from sf_torch._optimizer import ScheduleFree, bookkeeping
 
 
 class SGDScheduleFree(ScheduleFree):
@@ -88,9 +87,8 @@ class SGDScheduleFree(ScheduleFree):
     def _beta(self, group: Group) -> float:
         return group["momentum"]
 
-    def _move_z(self, group: Group, leaves: Leaves, lr: float) -> Tensors:
-        directions = decayed(leaves.grads, group, leaves, group["decay_at"])
-        return torch._foreach_add(leaves.zs, directions, alpha=-lr)
+    def _base_step(self, group: Group, lr: float) -> BaseStep:
+        return BaseStep(lr, float(group["weight_decay"]), group["decay_at"])
 
 
 class SGDScheduleFreeReference(Reference, SGDScheduleFree):
