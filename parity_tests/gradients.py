@@ -71,7 +71,7 @@ class Stream:
             grads[name] = 10.0 ** -(i % 3) * (0.2 * drift + noise)  # of unequal scale
             grads[name][7:8] = 0
         value = 1 + np.random.default_rng(4).uniform(size=steps)
-        self.data = {
+        self.data: dict[str, Any] = {
             "grads": {name: rounded(g, dtype) for name, g in grads.items()},
             "value": rounded(value, "float64" if dtype == "float64" else "float32"),
         }

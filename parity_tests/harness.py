@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from parity_tests import in_jax, in_torch, reference, tolerances
-from parity_tests.cases import STEPS, Case
+from parity_tests.case import STEPS, Case
 from parity_tests.gradients import recorded
 from parity_tests.tolerances import Limit
 from parity_tests.trajectory import SEQUENCES, Distance, Trajectory, compare

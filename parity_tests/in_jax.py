@@ -8,7 +8,7 @@ import optax
 from optax import contrib
 
 import sf_jax
-from parity_tests.cases import Case
+from parity_tests.case import Case
 from parity_tests.trajectory import Trajectory, wide
 
 _STATES = (sf_jax.ScheduleFreeState, contrib.ScheduleFreeState)

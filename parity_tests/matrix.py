@@ -19,7 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from parity_tests import report
-from parity_tests.cases import CASES, STEPS, Case
+from parity_tests.case import STEPS, Case
+from parity_tests.cases import CASES
 from parity_tests.harness import VOICES, Outcome, check, comparisons, unsupported
 
 # What --device means: where JAX runs, and where PyTorch does (None: nowhere).
@@ -79,14 +80,11 @@ def run(arguments: argparse.Namespace) -> int:
     seconds = time.monotonic() - started
     skipped = [*absent, *skips(cases)]
 
-    console.print(table(outcomes, arguments.all))
+    if outcomes:
+        console.print(table(outcomes, arguments.all))
     for skip in absent:
-        console.print(Text(f"SKIPPED {skip.what}: {skip.reason}", style="bold yellow"))
-    console.print(
-        f"{len(skipped) - len(absent)} pairs of case and package skipped: "
-        + "; ".join(sorted({f"{s.what.split()[-1]} {s.reason}" for s in skips(cases)})),
-        style="dim",
-    )
+        console.print(f"SKIPPED {skip.what}: {skip.reason}", style="bold yellow")
+    console.print(_summary_of(skipped[len(absent) :]), style="dim", markup=False)
     failed = [o for o in outcomes if not o.ok]
     for o in failed:
         console.print(
@@ -176,6 +174,15 @@ COLUMNS = (
 )
 
 
+def _summary_of(skipped: list[Skip]) -> str:
+    reasons: dict[str, int] = {}
+    for skip in skipped:
+        text = f"{skip.what.split()[-1]} {skip.reason}"
+        reasons[text] = reasons.get(text, 0) + 1
+    listed = "; ".join(f"{text} ({n})" for text, n in sorted(reasons.items()))
+    return f"Skipped, with the number of cases: {listed or 'nothing'}."
+
+
 def worst(outcomes: Iterable[Outcome], package: str, against: str) -> Outcome | None:
     """The outcome furthest off, of one package's voices against one yardstick."""
     fitting = [
@@ -186,8 +193,13 @@ def worst(outcomes: Iterable[Outcome], package: str, against: str) -> Outcome | 
     return max(fitting, key=lambda o: (not o.ok, o.distance), default=None)
 
 
+def _cell(o: Outcome) -> Text:
+    style = "bold red" if not o.ok else "yellow" if o.limit.differs else ""
+    return Text(str(o.distance), style=style)
+
+
 def table(outcomes: list[Outcome], every_pair: bool = False) -> Table:
-    """In ulps; where: sequence.leaf@step, of the worst voice."""
+    """A row per case, or per pair of voices."""
     if every_pair:
         rows = Table("case", "voice", "against", "ulps", "where", "limit")
         for o in outcomes:
@@ -201,17 +213,15 @@ def table(outcomes: list[Outcome], every_pair: bool = False) -> Table:
                 f"{'>' if o.limit.differs else ''}{o.limit.ulps:.4g}",
             )
         return rows
-    rows = Table("case", *(f"{a} - {b}" for a, b in COLUMNS), title=table.__doc__)
+    title = "ulps, and where: sequence.leaf@step of the worst voice"
+    rows = Table("case", *(f"{a} - {b}" for a, b in COLUMNS), title=title)
     by_case: dict[str, list[Outcome]] = {}
     for o in outcomes:
         by_case.setdefault(o.case, []).append(o)
     for name, of_case in by_case.items():
         cells = []
         for column in COLUMNS:
-            o = worst(of_case, *column)
-            style = "" if o is None or o.ok else "bold red"
-            if o is not None and o.limit.differs and o.ok:
-                style = "yellow"  # a known difference
-            cells.append(Text(str(o.distance) if o else "–", style=style))
+            furthest = worst(of_case, *column)
+            cells.append(_cell(furthest) if furthest else Text("–"))
         rows.add_row(name, *cells)
     return rows

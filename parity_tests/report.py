@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from parity_tests.cases import Case
+from parity_tests.case import Case
 from parity_tests.harness import VOICES, Outcome, run
 from parity_tests.trajectory import SEQUENCES, curve
 

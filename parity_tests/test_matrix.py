@@ -66,7 +66,7 @@ def test_an_absent_device_is_skipped_in_sight(
     printed = capsys.readouterr().out
     assert "SKIPPED jax: finds no gpu on this machine" in printed
     assert "SKIPPED torch: finds no cuda on this machine" in printed
-    assert "0 of 0 comparisons" in printed
+    assert "0 of 0 comparisons of 3 cases hold, on gpu" in printed
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {"what": "jax", "reason": "finds no gpu on this machine"} in summary[
         "skipped"

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 
 from parity_tests import tolerances
-from parity_tests.cases import CASES, Case
+from parity_tests.case import Case
+from parity_tests.cases import CASES
 from parity_tests.harness import VOICES, check, comparisons, unsupported
 
 OURS = {"sf_jax", "sf_torch"}
