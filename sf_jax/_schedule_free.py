@@ -147,7 +147,8 @@ def rule(
         count = jnp.zeros((), jnp.int32)
         return ScheduleFreeState(
             count=count,
-            b1=jnp.asarray(next_b1(count), scalar_dtype()),
+            # A copy: an injected β lies in the state a second time.
+            b1=_copy(next_b1(count), scalar_dtype()),
             weight_sum=zero,
             weight_sum_lo=zero.copy(),
             lr_max=zero.copy(),
