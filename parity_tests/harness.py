@@ -84,9 +84,7 @@ def _cached(case: Case, voice: str, steps: int, device: str) -> Trajectory:
     return row.run(case, steps, device, **row.options)
 
 
-def run(
-    case: Case, voice: str, steps: int = STEPS, device: str = "cpu"
-) -> Trajectory:
+def run(case: Case, voice: str, steps: int = STEPS, device: str = "cpu") -> Trajectory:
     """The trajectory of a case in a voice; fewer steps where the voice is slow."""
     return _cached(case, voice, min(steps, VOICES[voice].most_steps), device)
 

@@ -36,7 +36,8 @@ def run(
         # is seen in step k + 1, of which there is one more.
         walk = _closure_steps if closure_form else advance
         record = list(walk(case, params, optimizer, range(steps), package))
-    return Trajectory.stacked(record, narrow=case.dtype == "bfloat16")
+    trajectory = Trajectory.stacked(record)
+    return trajectory.with_rounding() if case.dtype == "bfloat16" else trajectory
 
 
 def parameters(case: Case, device: str = "cpu") -> Params:

@@ -10,11 +10,11 @@ from typing import Any
 
 import optax
 import schedulefree
-import sf_jax
-import sf_torch
 import torch
 from optax import GradientTransformation, contrib
 
+import sf_jax
+import sf_torch
 from parity_tests import reference
 from parity_tests.reference import Seams
 
@@ -77,9 +77,7 @@ class Optimizer:
     torch_forms: tuple[str, ...] = ("", "Reference", "Closure")
 
 
-def _seams(
-    o: Options, base: Any, step_size: Callable[[reference.Now], float]
-) -> Seams:
+def _seams(o: Options, base: Any, step_size: Callable[[reference.Now], float]) -> Seams:
     average = reference.PolynomialAverage(o.r, o.weight_lr_power)
     return Seams(_function(o.b1), step_size, base, average)
 
@@ -96,12 +94,11 @@ def _adamw_base(o: Options, **variant: str) -> reference.AdamW:
 
 def _optional(o: Options) -> dict[str, Any]:
     """Arguments that Meta's package lacks; named only where they are used."""
-    differing = {
+    return {
         name: getattr(o, name)
         for name in ("decay_at", "inner_momentum")
         if getattr(o, name) != getattr(Options(), name)
     }
-    return differing
 
 
 def _sgd_arguments(o: Options) -> dict[str, Any]:
@@ -214,7 +211,7 @@ OPTIMIZERS = {
             torch=_class(sf_torch, "SGDScheduleFree"),
             meta=_class(schedulefree, "SGDScheduleFree"),
             optax=lambda o: contrib.schedule_free_sgd(
-                o.lr, o.warmup_steps, o.b1, o.weight_decay, o.weight_lr_power
+                o.lr, o.warmup_steps or None, o.b1, o.weight_decay, o.weight_lr_power
             ),
         ),
         Optimizer(
@@ -226,7 +223,7 @@ OPTIMIZERS = {
             meta=_meta_adamw,
             optax=lambda o: contrib.schedule_free_adamw(
                 o.lr,
-                o.warmup_steps,
+                o.warmup_steps or None,
                 o.b1,
                 o.b2,
                 o.eps,
@@ -251,9 +248,7 @@ OPTIMIZERS = {
             "adamw_algoperf",  # decays at x whatever decay_at says
             reference=lambda o: _seams(
                 o,
-                _adamw_base(
-                    dataclasses.replace(o, decay_at="x"), variant="algoperf"
-                ),
+                _adamw_base(dataclasses.replace(o, decay_at="x"), variant="algoperf"),
                 reference.at_least(_warmup(o), o.eps),
             ),
             jax=_jax_adamw("algoperf"),

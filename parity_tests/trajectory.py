@@ -15,18 +15,18 @@ SEQUENCES = ("y", "x", "z")
 class Trajectory:
     """By leaf, (steps, \\*shape) in float64 or complex128.
 
-    ``x`` is None where the implementation can't give it. ``narrow``: y was rounded to
-    bfloat16, as the parameters hold it, while x and z were not.
+    ``x`` is None where the implementation can't give it. ``rounding`` is how far the
+    parameters may be from y for being bfloat16, like y; None where they hold it.
     """
 
     y: dict[str, np.ndarray]
     x: dict[str, np.ndarray] | None
     z: dict[str, np.ndarray]
-    narrow: bool = False
+    rounding: dict[str, np.ndarray] | None = None
 
     @classmethod
     def stacked(
-        cls, steps: Sequence[Sequence[Mapping[str, Any] | None]], narrow: bool = False
+        cls, steps: Sequence[Sequence[Mapping[str, Any] | None]]
     ) -> "Trajectory":
         """From (y, x, z) of every step, each leaves by name."""
 
@@ -38,7 +38,22 @@ class Trajectory:
                 for n in sequence[0] or ()
             }
 
-        return cls(*map(stack, zip(*steps, strict=True)), narrow=narrow)
+        return cls(*map(stack, zip(*steps, strict=True)))
+
+    def with_rounding(self, extra: float = 0.0) -> "Trajectory":
+        """With what rounding y to bfloat16 does: half a spacing.
+
+        ``extra``: of each step's change, where that is rounded before it is added.
+        """
+
+        def rounding(y: np.ndarray) -> np.ndarray:
+            spacing = np.ldexp(1.0, np.frexp(np.abs(y))[1] - 8)  # 8 binary digits
+            change = np.abs(np.diff(y, axis=0, prepend=np.zeros_like(y[:1])))
+            return spacing / 2 + extra * change
+
+        return dataclasses.replace(
+            self, rounding={name: rounding(y) for name, y in self.y.items()}
+        )
 
     def __len__(self) -> int:
         return len(next(iter(self.y.values())))
@@ -86,9 +101,10 @@ def distances(
             if p.shape != q.shape:
                 raise ValueError(f"{leaf}: shapes {p.shape[1:]} and {q.shape[1:]}")
             apart = np.abs(p - q)
-            for trajectory, values in ((a, p), (b, q)):
-                if name == "y" and trajectory.narrow:
-                    apart = np.maximum(apart - _half_spacing(values), 0)
+            for trajectory in (a, b):
+                if name == "y" and trajectory.rounding:
+                    rounding = trajectory.rounding[leaf][:steps]
+                    apart = np.maximum(apart - rounding, 0)
             axes = tuple(range(1, p.ndim))
             largest = np.abs(q).max(axis=axes, initial=1.0)
             apart = apart.max(axis=axes, initial=0.0)
@@ -110,8 +126,3 @@ def curve(a: Trajectory, b: Trajectory, dtype: str, sequence: str) -> np.ndarray
     """The distance of one sequence at every step, over all leaves."""
     found = [u for (name, _), u in distances(a, b, dtype).items() if name == sequence]
     return np.max(found, axis=0) if found else np.full(len(b), np.nan)
-
-
-def _half_spacing(values: np.ndarray) -> np.ndarray:
-    """Of bfloat16 numbers (8 binary digits) around ``values``."""
-    return np.ldexp(1.0, np.frexp(np.abs(values))[1] - 9)
