@@ -1,0 +1,155 @@
+"""Where gradients come from: a fixed noisy stream, or a small model.
+
+A source holds what every step needs (``data``, leading axis the steps) and has one
+function per framework: ``numpy``, ``jax`` and ``torch``, each (params, step's data)
+-> (loss, gradients). A gradient of None: the leaf has none at that step.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+Tree = Mapping[str, tuple[int, ...]]  # shapes by leaf
+
+
+def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    """To ``dtype``, in a NumPy dtype that holds it exactly."""
+    if np.iscomplexobj(values):
+        return values.astype(np.complex128 if dtype == "float64" else np.complex64)
+    return values.astype(jnp.dtype(dtype)).astype(
+        np.float64 if dtype == "float64" else np.float32
+    )
+
+
+def initial(tree: Tree, dtype: str, is_complex: bool = False) -> dict[str, np.ndarray]:
+    """Seeded starting weights."""
+    return {
+        name: rounded(leaf, dtype)
+        for name, leaf in _normal(tree, np.random.default_rng(1), is_complex).items()
+    }
+
+
+def _normal(
+    tree: Tree, rng: np.random.Generator, is_complex: bool
+) -> dict[str, np.ndarray]:
+    def leaf(shape: tuple[int, ...]) -> np.ndarray:
+        real = rng.normal(size=shape)
+        return np.asarray(real + 1j * rng.normal(size=shape) if is_complex else real)
+
+    return {name: leaf(shape) for name, shape in tree.items()}
+
+
+class Stream:
+    """Gradients that don't depend on the weights: a drift, and noise around it.
+
+    The same numbers for every voice, so that what differs is the optimizers' own.
+
+    Args:
+      missing: for some leaves, the steps at which they have no gradient.
+    """
+
+    def __init__(
+        self,
+        tree: Tree,
+        dtype: str,
+        steps: int,
+        is_complex: bool = False,
+        missing: Mapping[str, frozenset[int]] | None = None,
+    ) -> None:
+        rng = np.random.default_rng(2)
+        drift = _normal(tree, rng, is_complex)
+        noise = _normal({n: (steps, *s) for n, s in tree.items()}, rng, is_complex)
+        # Leaves of different scale, and a gradient that is exactly zero.
+        grads = {
+            name: 10.0 ** -(i % 3) * (0.2 * drift[name] + noise[name])
+            for i, name in enumerate(tree)
+        }
+        for grad in grads.values():
+            grad[min(7, steps - 1)] = 0
+        value = 1 + rng.uniform(size=steps)
+        self.data = {
+            "grads": {name: rounded(g, dtype) for name, g in grads.items()},
+            "value": rounded(value, "float64" if dtype == "float64" else "float32"),
+        }
+        self.missing = missing or {}
+
+    def at(self, k: int) -> dict[str, Any]:
+        grads = {
+            name: None if k in self.missing.get(name, ()) else g[k]
+            for name, g in self.data["grads"].items()
+        }
+        return {"grads": grads, "value": self.data["value"][k]}
+
+    def numpy(self, params: Any, now: Any) -> tuple[float, dict[str, Any]]:
+        return float(now["value"]), now["grads"]
+
+    def jax(self, params: Any, now: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        grads = {n: jnp.asarray(g, params[n].dtype) for n, g in now["grads"].items()}
+        return now["value"], grads
+
+    def torch(self, params: Any, now: Any) -> tuple[float, dict[str, Any]]:
+        grads = {
+            n: None if g is None else torch.as_tensor(g).to(params[n])
+            for n, g in now["grads"].items()
+        }
+        return float(now["value"]), grads
+
+
+NETWORK: Tree = {"w1": (6, 8), "b1": (8,), "w2": (8,), "b2": ()}
+
+
+@dataclasses.dataclass
+class Network:
+    """A tanh network fitted to a noisy function: each framework differentiates it.
+
+    loss = mean((tanh(inputs w1 + b1) w2 + b2 - targets)²) / 2
+    """
+
+    dtype: str
+    steps: int
+    batch: int = 16
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(3)
+        inputs = rng.normal(size=(self.steps, self.batch, 6))
+        targets = np.sin(inputs.sum(-1)) + 0.1 * rng.normal(size=inputs.shape[:-1])
+        self.data = {
+            "inputs": rounded(inputs, self.dtype),
+            "targets": rounded(targets, self.dtype),
+        }
+
+    def at(self, k: int) -> dict[str, np.ndarray]:
+        return {name: values[k] for name, values in self.data.items()}
+
+    def numpy(self, p: Any, now: Any) -> tuple[float, dict[str, np.ndarray]]:
+        inputs, targets = now["inputs"].astype(float), now["targets"].astype(float)
+        hidden = np.tanh(inputs @ p["w1"] + p["b1"])
+        error = hidden @ p["w2"] + p["b2"] - targets
+        by_output = error / len(targets)
+        by_hidden = np.outer(by_output, p["w2"]) * (1 - hidden**2)
+        return float(np.mean(error**2) / 2), {
+            "w1": inputs.T @ by_hidden,
+            "b1": by_hidden.sum(0),
+            "w2": hidden.T @ by_output,
+            "b2": by_output.sum(),
+        }
+
+    def jax(self, params: Any, now: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        def loss(p: dict[str, jax.Array]) -> jax.Array:
+            hidden = jnp.tanh(now["inputs"] @ p["w1"] + p["b1"])
+            return jnp.mean((hidden @ p["w2"] + p["b2"] - now["targets"]) ** 2) / 2
+
+        return jax.value_and_grad(loss)(params)
+
+    def torch(self, p: Any, now: Any) -> tuple[float, dict[str, Any]]:
+        inputs, targets = (torch.as_tensor(a).to(p["w1"]) for a in now.values())
+        with torch.enable_grad():
+            hidden = torch.tanh(inputs @ p["w1"] + p["b1"])
+            loss = torch.mean((hidden @ p["w2"] + p["b2"] - targets) ** 2) / 2
+            grads = torch.autograd.grad(loss, list(p.values()))
+        return loss.item(), dict(zip(p, grads, strict=True))
