@@ -69,11 +69,14 @@ def move_y(ys: Tensors, zs: Tensors, new_zs: Tensors, scalars: Scalars) -> None:
     """The lean update of y in place.
 
     Through z' - z as z' was rounded, and not through u, its equal on paper: else the
-    rounding of z would part y from z for good.
+    rounding of z would part y from z for good. And added to y as one sum: each
+    rounding of y is one of x, times 1 / β, and they add up.
     """
     to_z, to_step = lean_coefficients(scalars)
-    torch._foreach_lerp_(ys, zs, to_z)
-    torch._foreach_add_(ys, torch._foreach_sub(new_zs, zs), alpha=to_step)
+    moves = torch._foreach_sub(new_zs, zs)
+    torch._foreach_mul_(moves, to_step)
+    torch._foreach_add_(moves, torch._foreach_sub(zs, ys), alpha=to_z)
+    torch._foreach_add_(ys, moves)
 
 
 def lean_coefficients(scalars: Scalars) -> tuple[float, float]:
