@@ -30,7 +30,7 @@ from sf_torch._averaging import (
     to_device,
     warmed_up,
 )
-from sf_torch._kernels import BaseStep, Scalars, Tensors
+from sf_torch._kernels import BaseStep, Scalars
 from sf_torch._leaves import Leaf, Leaves, gather, is_master, local
 
 
@@ -60,9 +60,9 @@ class ScheduleFree(torch.optim.Optimizer):
         """How z moves, in numbers."""
         raise NotImplementedError
 
-    def _move_z(self, group: Group, leaves: Leaves, lr: float) -> Tensors:
-        """z', as new tensors; moves the moments."""
-        return _kernels.move_z(leaves, self._base_step(group, lr))
+    def _move_z(self, group: Group, leaves: Leaves, lr: float) -> None:
+        """z and the moments in place."""
+        _kernels.move_z(leaves, self._base_step(group, lr))
 
     # Modes
 
@@ -294,7 +294,9 @@ class ScheduleFree(torch.optim.Optimizer):
         if together is None:
             together = any(leaf.param.device.type != "cpu" for leaf in others)
         for batch in gather(others, group["b1"], together):
-            batch.advance(self._move_z(group, batch, scalars.lr), scalars)
+            batch.advance(
+                lambda leaves: self._move_z(group, leaves, scalars.lr), scalars
+            )
         self._end_step(group, scalars)
 
     def _leaf(self, p: Tensor, group: Group) -> Leaf:
