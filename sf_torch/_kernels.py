@@ -145,8 +145,8 @@ def _fused_adam(leaves: "Leaves", step: BaseStep) -> None:
         [],
         [torch.tensor(float(step.steps or 0))] * len(v),
         lr=lr,
-        beta1=b,
-        beta2=step.b2 or 0.0,
+        beta1=_representable(b),
+        beta2=_representable(step.b2 or 0.0),
         weight_decay=0.0,
         eps=step.eps,
         amsgrad=False,
@@ -155,6 +155,17 @@ def _fused_adam(leaves: "Leaves", step: BaseStep) -> None:
     if step.weight_decay:
         torch._foreach_add_(targets, at, alpha=-lr * step.weight_decay)
         torch._foreach_add_(leaves.zs, targets)
+
+
+def _representable(b: float) -> float:
+    """The float32 next to b.
+
+    The kernel rounds b and 1 - b to float32, where they do not add up to 1: its means
+    and their corrections, and with them all steps, would be off by up to 3e-5 for
+    b = 0.999. From a float32 both come out exact, and the mean is one over 1 + 1e-5
+    times as many gradients instead.
+    """
+    return torch.tensor(float(b), dtype=torch.float32).item()
 
 
 def move_mean(means: Tensors, values: Tensors, b: float) -> None:
