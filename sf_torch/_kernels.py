@@ -121,7 +121,8 @@ def _has_fused_adam(leaves: "Leaves") -> bool:
     """Whether PyTorch's own one-pass Adam for CPUs takes these tensors."""
     g, z = leaves.grads[0], leaves.zs[0]
     return (
-        z.device.type == "cpu"
+        leaves.dense  # the kernel does not look at strides
+        and z.device.type == "cpu"
         and g.dtype == z.dtype == torch.float32
         and not torch.compiler.is_compiling()
     )

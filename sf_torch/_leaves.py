@@ -69,7 +69,8 @@ class Leaves:
     moments: dict[str, Tensors]
     kept_ys: Tensors | None  # y where the state keeps it too
     narrow: list[tuple[Tensors, Tensors]]  # (what is stored, its wide copy)
-    scratch: "Scratch"
+    dense: bool  # each parameter's arrays have their elements in one order, no gaps
+    scratch: Scratch
 
     def at(self, name: str) -> Tensors:
         """x, y or z before the step."""
@@ -112,22 +113,23 @@ def gather(leaves: Iterable[Leaf], b1: float, together: bool) -> Iterator[Leaves
     scratch = Scratch()
     for number, leaf in enumerate(leaves):
         z, in_blocks = leaf.state["z"], _in_blocks(leaf.param)
-        alike = (leaf.param.device, leaf.param.dtype, z.dtype, *leaf.state)
-        key = alike if together else (number,)
-        for piece in _slices(leaf) if in_blocks else [leaf]:
+        dense = same_layout([leaf.param, leaf.grad, *leaf.state.values()])
+        alike = (dense, leaf.param.device, leaf.param.dtype, z.dtype, *leaf.state)
+        key = alike if together else (dense, number)
+        for piece in _slices(leaf) if in_blocks and dense else [leaf]:
             size = piece.param.numel()
             if in_blocks and sizes.get(key, 0) + size > BLOCK and key in batches:
-                yield _batch(batches.pop(key), b1, scratch)
+                yield _batch(batches.pop(key), b1, dense, scratch)
                 del sizes[key]
             batches.setdefault(key, []).append(piece)
             sizes[key] = sizes.get(key, 0) + size
         if not together and key in batches:
-            yield _batch(batches.pop(key), b1, scratch)
-    for batch in batches.values():
-        yield _batch(batch, b1, scratch)
+            yield _batch(batches.pop(key), b1, dense, scratch)
+    for (dense, *_), batch in batches.items():
+        yield _batch(batch, b1, dense, scratch)
 
 
-def _batch(leaves: list[Leaf], b1: float, scratch: Scratch) -> Leaves:
+def _batch(leaves: list[Leaf], b1: float, dense: bool, scratch: Scratch) -> Leaves:
     first = leaves[0]
     dtype = torch.promote_types(first.param.dtype, first.state["z"].dtype)
     dtype = torch.promote_types(dtype, torch.float32)
@@ -156,7 +158,9 @@ def _batch(leaves: list[Leaf], b1: float, scratch: Scratch) -> Leaves:
         key: wide(state(key)) for key in first.state if key not in ("x", "y", "z")
     }
     kept_ys = state("y") if "y" in first.state else None
-    return Leaves(params, grads, ys, zs, xs, b1, moments, kept_ys, narrow, scratch)
+    return Leaves(
+        params, grads, ys, zs, xs, b1, moments, kept_ys, narrow, dense, scratch
+    )
 
 
 def is_master(z: Tensor, param: Tensor) -> bool:
@@ -179,9 +183,6 @@ def _slices(leaf: Leaf) -> Iterator[Leaf]:
         yield leaf
         return
     tensors = [leaf.param, leaf.grad, *leaf.state.values()]
-    if not same_layout(tensors):
-        yield leaf
-        return
     flat = [t.as_strided((t.numel(),), (1,)) for t in tensors]
     for param, grad, *states in zip(*(t.split(BLOCK) for t in flat), strict=True):
         yield Leaf(param, grad, dict(zip(leaf.state, states, strict=True)))

@@ -305,12 +305,12 @@ class ScheduleFree(torch.optim.Optimizer):
         return Leaf(local(p.detach()), local(p.grad), state)
 
     def _fuses(self, group: Group) -> bool:
-        if group["fused"] is None:
+        if group["fused"] is None and not group["capturable"]:
             # Triton's interpreter is for tests, which ask for it.
             return not group["foreach"] and all(
                 p.is_cuda and _fused.works_on(p.device) for p in group["params"]
             )
-        return group["fused"]
+        return group["fused"] or group["capturable"]
 
     def _captures(self, group: Group) -> bool:
         return group["capturable"]
