@@ -163,10 +163,12 @@ class ScheduleFree(torch.optim.Optimizer):
             wanted = dtype if value.is_complex() else dtype.to_real()
             if value.dtype != wanted:
                 state[key] = value.to(wanted)
-        if "z" not in state:
+        unmoved = "z" not in state  # where x is p, which β = 0 could not tell from z
+        if unmoved:
             state["z"] = p.detach().to(dtype, copy=True)
         if "x" not in state and (self._stores_x(group) or is_master(state["z"], p)):
-            state["x"] = self._x(p, group).detach().to(dtype, copy=True)
+            x = p if unmoved else self._x(p, group)
+            state["x"] = x.detach().to(dtype, copy=True)
         for key in self._moments(group):
             if key not in state:
                 # Moments start at zero; that of |g|² is real.
