@@ -6,6 +6,8 @@ function per framework: ``numpy``, ``jax`` and ``torch``, each (params, step's d
 """
 
 import dataclasses
+import functools
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,9 +29,9 @@ def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def initial(tree: Tree, dtype: str, is_complex: bool = False) -> dict[str, np.ndarray]:
-    """Seeded starting weights."""
+    """Seeded starting weights, of the size that networks have."""
     return {
-        name: rounded(leaf, dtype)
+        name: rounded(0.2 * leaf, dtype)
         for name, leaf in _normal(tree, np.random.default_rng(1), is_complex).items()
     }
 
@@ -98,6 +100,26 @@ class Stream:
             for n, g in now["grads"].items()
         }
         return float(now["value"]), grads
+
+
+class Recorded(Stream):
+    """The gradients of a trajectory that was recorded from another implementation."""
+
+    def __init__(self, name: str, steps: int) -> None:
+        file = recorded(name)
+        grads = {n[5:]: g[:steps] for n, g in file.items() if n.startswith("grad/")}
+        self.data = {
+            "grads": {n: g.astype(np.float64) for n, g in grads.items()},
+            "value": file["value"][:steps],
+        }
+        self.missing = {}
+
+
+@functools.cache
+def recorded(name: str) -> dict[str, np.ndarray]:
+    """A golden file: init/LEAF, and grad/LEAF, y/LEAF, x/LEAF, z/LEAF by step."""
+    with np.load(pathlib.Path(__file__).parent / "golden" / f"{name}.npz") as file:
+        return dict(file)
 
 
 NETWORK: Tree = {"w1": (6, 8), "b1": (8,), "w2": (8,), "b2": ()}

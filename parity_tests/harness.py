@@ -9,13 +9,16 @@ True
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from parity_tests import in_jax, in_torch, reference, tolerances
 from parity_tests.cases import STEPS, Case
+from parity_tests.gradients import recorded
 from parity_tests.tolerances import Limit
-from parity_tests.trajectory import Distance, Trajectory, compare
+from parity_tests.trajectory import SEQUENCES, Distance, Trajectory, compare
+
+Pair = tuple[str, str]  # (voice, the voice it is compared with)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,29 +44,37 @@ def _run_reference(case: Case, steps: int, device: str = "cpu") -> Trajectory:
     return Trajectory.stacked(record)
 
 
+def _run_golden(case: Case, steps: int, device: str = "cpu") -> Trajectory:
+    file = recorded(case.recorded)
+    return Trajectory(
+        *({n: file[f"{name}/{n}"][:steps] for n in case.tree} for name in SEQUENCES)
+    )
+
+
 def _jax(mode: str, store_x: bool = False, **most: int) -> Voice:
     options = {"mode": mode, "store_x": store_x}
     return Voice("sf_jax", "jax", in_jax.run, options, **most)
 
 
-def _torch(form: str = "", foreach: bool = False) -> Voice:
+def _torch(form: str = "", foreach: bool = False, **most: int) -> Voice:
     options = {"form": form, "foreach": foreach}
-    return Voice("sf_torch", "torch", in_torch.run, options)
+    return Voice("sf_torch", "torch", in_torch.run, options, **most)
 
 
 VOICES: dict[str, Voice] = {
     "reference": Voice("reference", "numpy", _run_reference, {}),
     "jax scan": _jax("scan"),
     "jax scan, x stored": _jax("scan", True),
-    "jax jit": _jax("jit"),
-    "jax jit, x stored": _jax("jit", True),
+    "jax jit": _jax("jit", most_steps=100),
+    "jax jit, x stored": _jax("jit", True, most_steps=100),
     # Without jit an operation costs as much as a whole step with it.
     "jax eager": _jax("eager", most_steps=8),
     "jax eager, x stored": _jax("eager", True, most_steps=8),
     "torch": _torch(),
     "torch foreach": _torch(foreach=True),
-    "torch Reference": _torch("Reference"),
-    "torch Closure": _torch("Closure"),
+    "torch Reference": _torch("Reference", most_steps=100),
+    "torch Closure": _torch("Closure", most_steps=100),
+    "golden": Voice("golden", "numpy", _run_golden, {}),
     "meta": Voice("meta", "torch", in_torch.run, {"package": "meta"}),
     "optax": Voice("optax", "jax", in_jax.run, {"package": "optax"}),
 }
@@ -73,8 +84,10 @@ def unsupported(case: Case, voice: str) -> str | None:
     """Why the voice can't run the case, or None."""
     row = VOICES[voice]
     form = row.options.get("form", "")
-    if form not in case.optimizer.torch_forms:
+    if form and form not in case.optimizer.torch_forms:
         return f"{case.optimizer.name} has no {form} form"
+    if voice == "golden":
+        return None if case.recorded else "was not recorded"
     return None if voice == "reference" else case.unsupported(row.package)
 
 
@@ -84,9 +97,12 @@ def _cached(case: Case, voice: str, steps: int, device: str) -> Trajectory:
     return row.run(case, steps, device, **row.options)
 
 
-def run(case: Case, voice: str, steps: int = STEPS, device: str = "cpu") -> Trajectory:
+def run(
+    case: Case, voice: str, steps: int | None = None, device: str = "cpu"
+) -> Trajectory:
     """The trajectory of a case in a voice; fewer steps where the voice is slow."""
-    return _cached(case, voice, min(steps, VOICES[voice].most_steps), device)
+    most = min(case.steps, VOICES[voice].most_steps)
+    return _cached(case, voice, min(steps or most, most), device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,15 +117,36 @@ class Outcome:
 
     @property
     def ok(self) -> bool:
-        return self.distance.ulps <= self.limit.ulps
+        return (self.distance.ulps > self.limit.ulps) == self.limit.differs
 
 
 def check(
-    case: Case, voice: str, against: str, steps: int = STEPS, device: str = "cpu"
+    case: Case, voice: str, against: str, steps: int | None = None, device: str = "cpu"
 ) -> Outcome:
     """Compares two voices at every step, in y, x and z."""
     distance = compare(
         run(case, voice, steps, device), run(case, against, steps, "cpu"), case.dtype
     )
-    limit = tolerances.limit(case, VOICES[voice].package, against, device)
+    limit = tolerances.limit(
+        case.dtype,
+        VOICES[voice].package,
+        against,
+        device,
+        own=case.tolerance,
+        warmup="warmup" in case.features,
+    )
     return Outcome(case.name, voice, against, distance, limit)
+
+
+def comparisons(case: Case, voices: Iterable[str] = tuple(VOICES)) -> list[Pair]:
+    """What is compared of a case: (voice, against), of the voices that can run it."""
+    able = [v for v in (*voices, "reference") if unsupported(case, v) is None]
+    ours = [v for v in able if VOICES[v].package in ("sf_jax", "sf_torch")]
+    pairs = [(v, "reference") for v in able if v not in ("reference", "golden")]
+    if "meta" in able:
+        pairs += [(voice, "meta") for voice in ours]
+    if "golden" in able:
+        pairs += [(voice, "golden") for voice in (*ours, "reference")]
+    if "jax scan" in able and "torch" in able:
+        pairs.append(("jax scan", "torch"))
+    return pairs

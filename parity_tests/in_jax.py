@@ -55,9 +55,9 @@ def run(
 def _rounded(case: Case, trajectory: Trajectory) -> Trajectory:
     if case.dtype != "bfloat16":
         return trajectory
-    # optax hands over y' - y in the parameters' dtype: it is rounded too, by 2^-9 of
-    # itself, which shows where y' is much smaller than that.
-    return trajectory.with_rounding(extra=2.0**-9)
+    # optax hands over y' - y in the parameters' dtype: it is rounded by 2^-9 of itself,
+    # and its sum with y again, which shows where y' is small beside it.
+    return trajectory.with_rounding(extra=2.0**-8)
 
 
 def _optimizer(case: Case, package: str, store_x: bool) -> Any:

@@ -92,8 +92,8 @@ def _closure_steps(
         optimizer.step(lambda k=k: closure(k))
         if before is not None:
             yield at_y[-1], *before
-        x = _numpy(params)
-        before = x, _z(params, optimizer, x)
+        x = _x(case, params, optimizer, package)
+        before = x, _z(params, optimizer, _numpy(params))
 
 
 def _schedule(case: Case, optimizer: Any, k: int) -> None:

@@ -35,7 +35,7 @@ class Linear:
 class Options:
     """Hyperparameters in one neutral spelling; an optimizer reads what it has."""
 
-    lr: float | Linear = 0.01
+    lr: float | Linear = 0.0025
     warmup_steps: int = 0
     b1: float | Linear = 0.9
     b2: float = 0.999

@@ -57,7 +57,8 @@ class Seams(NamedTuple):
 class ScheduleFree:
     """The rule, over named leaves in groups of their own seams.
 
-    Leaves without a gradient do not move. One counter serves every group and seam.
+    x and z of a leaf without a gradient stay where they are; its y lies between them
+    as β says, like any other. One counter serves every group and seam.
 
     Args:
       params: the initial weights by name.
@@ -81,17 +82,17 @@ class ScheduleFree:
         nows: list[Now] = []
         for names, _ in self.groups:
             given = {n: _wide(g) for n in names if (g := grads.get(n)) is not None}
-            # Copies: a seam of one group must not see what another has moved.
-            before = [dict(leaves) for leaves in (self.x, self.y, self.z)]
+            before = [{n: at[n] for n in names} for at in (self.x, self.y, self.z)]
             nows.append(Now(self.k, given, *before, value, nows))
         for (_, seams), now in zip(self.groups, nows, strict=True):
             b1 = seams.b1(self.k)
             lr = seams.step_size(now)
             u = seams.base(now, lr)
             c = seams.average(self.k, lr)
-            for n in now.grads:
-                self.z[n] = self.z[n] + u[n]
-                self.x[n] = (1 - c) * self.x[n] + c * self.z[n]
+            for n in now.y:
+                if n in u:
+                    self.z[n] = self.z[n] + u[n]
+                    self.x[n] = (1 - c) * self.x[n] + c * self.z[n]
                 self.y[n] = (1 - b1) * self.z[n] + b1 * self.x[n]
         self.k += 1
 
