@@ -39,8 +39,8 @@ def tree(seed: int, is_complex: bool = False) -> Tree:
     return {name: leaf(shape) for name, shape in SHAPES.items()}
 
 
-START = tree(0)
-GRADS = [tree(k) for k in range(1, 9)]
+TREES = [tree(k) for k in range(9)]
+START, *GRADS = TREES
 
 
 def zeros(like: Tree = START) -> Tree:
@@ -59,9 +59,9 @@ class End:
 def in_jax(tx: Any, grads: Sequence[Tree], start: Tree = START) -> End:
     params = jax.tree.map(jnp.asarray, start)
     state = tx.init(params)
-    update = jax.jit(tx.update)
     for g in grads:
-        updates, state = update(jax.tree.map(jnp.asarray, g), state, params)
+        # Not jitted: a few steps of small leaves take less than compiling them.
+        updates, state = tx.update(jax.tree.map(jnp.asarray, g), state, params)
         params = optax.apply_updates(params, updates)
         assert_finite((params, state))
     x, z = sf_jax.eval_params(state, params), state.z
@@ -83,12 +83,8 @@ def in_torch(build: Any, grads: Sequence[Any], start: Tree = START, each: Any = 
     x = dict(zip(params, optimizer.eval_params(), strict=True))
     z = {n: optimizer.state[p].get("z", p) for n, p in params.items()}
     assert_finite(list(x.values()))
-    return End(
-        *(
-            {n: t.detach().numpy() for n, t in leaves.items()}
-            for leaves in (params, x, z)
-        )
-    )
+    ends = (params, x, z)
+    return End(*({n: t.detach().numpy() for n, t in end.items()} for end in ends))
 
 
 def in_reference(seams: Any, grads: Sequence[Any], start: Tree = START) -> End:
@@ -109,8 +105,8 @@ def state_of(optimizer: Any) -> list[torch.Tensor]:
 
 def assert_finite(node: Any) -> None:
     for leaf in jax.tree.leaves(node):
-        values = leaf.detach().numpy() if isinstance(leaf, torch.Tensor) else leaf
-        assert np.isfinite(values).all()
+        finite = leaf.isfinite if isinstance(leaf, torch.Tensor) else None
+        assert bool((finite() if finite else np.isfinite(leaf)).all())
 
 
 def assert_close(ours: Tree, truth: Tree, ulps: float = ULPS) -> None:
@@ -167,12 +163,8 @@ def test_warmup_may_start_from_0(framework, name, form):
 
     options = Options(lr=lr, silent_sgd_phase=False)
     end = run(framework, name, options, GRADS)
-    truth = in_reference(
-        OPTIMIZERS[name].reference(
-            dataclasses.replace(options, lr=Linear(0.0, 0.1, 4))
-        ),
-        GRADS,
-    )
+    exact = dataclasses.replace(options, lr=Linear(0.0, 0.1, 4))
+    truth = in_reference(OPTIMIZERS[name].reference(exact), GRADS)
     assert_close(end.y, truth.y)
     assert_close(end.x, truth.x)
     assert np.any(end.x["matrix"] != START["matrix"])
@@ -190,30 +182,38 @@ PLAIN = {
 
 @pytest.mark.parametrize(("framework", "name"), PLAIN)
 def test_b1_of_0_trains_as_the_plain_optimizer_and_averages(framework, name):
+    """In float64: in float32 optax's bias correction is not exact enough to tell."""
+    start, *grads = ({n: p.astype(np.float64) for n, p in t.items()} for t in TREES)
     decay = 0.1 if name == "adamw" else 0.0
     options = Options(lr=0.05, b1=0.0, weight_decay=decay)
-    end = run(framework, name, options, GRADS)
-    ys = []
-    if framework == "jax":
-        tx = PLAIN[framework, name]()
-        params = jax.tree.map(jnp.asarray, START)
-        state = tx.init(params)
-        for g in GRADS:
-            updates, state = tx.update(g, state, params)
-            params = optax.apply_updates(params, updates)
-            ys.append(jax.tree.map(np.asarray, params))
-    else:
-        params = {n: torch.nn.Parameter(torch.tensor(p)) for n, p in START.items()}
-        optimizer = PLAIN[framework, name](list(params.values()))
-        for g in GRADS:
-            for n, p in params.items():
-                p.grad = torch.tensor(g[n])
-            optimizer.step()
-            ys.append({n: p.detach().numpy().copy() for n, p in params.items()})
-    assert_close(end.y, ys[-1])
-    assert_close(end.z, ys[-1])
-    mean = {n: np.mean([y[n] for y in ys], axis=0, dtype=np.float64) for n in START}
-    assert_close(end.x, mean)
+    with jax.enable_x64(True):
+        end = run(framework, name, options, grads, start=start)
+        plain = plain_in_jax if framework == "jax" else plain_in_torch
+        ys = plain(PLAIN[framework, name], grads, start)
+    assert_close(end.y, ys[-1], 1e-6)
+    assert_close(end.z, ys[-1], 1e-6)
+    assert_close(end.x, {n: np.mean([y[n] for y in ys], axis=0) for n in start}, 1e-6)
+
+
+def plain_in_jax(build: Any, grads: Sequence[Tree], start: Tree) -> list[Tree]:
+    tx, params, ys = build(), jax.tree.map(jnp.asarray, start), []
+    state = tx.init(params)
+    for g in grads:
+        updates, state = tx.update(g, state, params)
+        params = optax.apply_updates(params, updates)
+        ys.append(jax.tree.map(np.asarray, params))
+    return ys
+
+
+def plain_in_torch(build: Any, grads: Sequence[Tree], start: Tree) -> list[Tree]:
+    params = {n: torch.nn.Parameter(torch.tensor(p)) for n, p in start.items()}
+    optimizer, ys = build(list(params.values())), []
+    for g in grads:
+        for n, p in params.items():
+            p.grad = torch.tensor(g[n])
+        optimizer.step()
+        ys.append({n: p.detach().numpy().copy() for n, p in params.items()})
+    return ys
 
 
 @both
@@ -339,7 +339,7 @@ def with_broken(grads: Sequence[Tree]) -> list[Tree]:
     ],
     ids=["sgd", "adamw", "radam", "wrapper"],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_amp_skips_without_a_trace(build, dtype):
     """A scaled step with broken gradients changes neither weights, state nor counts."""
 
@@ -357,8 +357,6 @@ def test_amp_skips_without_a_trace(build, dtype):
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            # GradScaler does not unscale float16 gradients by itself as users do in
-            # their own loops; here it may, and what is broken is found.
             finite = all(p.grad.isfinite().all() for p in params.values())
             scaler.step(optimizer)
             scaler.update()
@@ -375,8 +373,7 @@ def copied(optimizer: Any, params: dict[str, Any]) -> list[Any]:
     state = [p.detach().clone() for p in params.values()]
     for values in saved["state"].values():
         state += [torch.as_tensor(v).clone() for _, v in sorted(values.items())]
-    groups = [{k: v for k, v in g.items()} for g in saved["param_groups"]]
-    return [state, groups]
+    return [state, [dict(group) for group in saved["param_groups"]]]
 
 
 def same(a: list[Any], b: list[Any]) -> None:

@@ -55,6 +55,14 @@ class BaseStep(NamedTuple):
     momentum_correction: float = 1.0
     steps: int | None = None  # k + 1 where both corrections are 1 - b^(k + 1)
 
+    @property
+    def positive_eps(self) -> float:
+        """eps, but never 0: while all gradients are 0, so is v, and 0 / 0 is NaN.
+
+        The smallest normal float32 changes no root of a v that is not 0.
+        """
+        return max(self.eps, torch.finfo(torch.float32).tiny)
+
 
 def recover_x(ys: Tensors, zs: Tensors, b1: float) -> Tensors:
     """x from y and z, as new tensors."""
@@ -109,7 +117,7 @@ def move_z(leaves: "Leaves", step: BaseStep) -> None:
         if step.divides:
             roots = torch._foreach_div(v, step.correction)
             torch._foreach_sqrt_(roots)
-            torch._foreach_add_(roots, step.eps)
+            torch._foreach_add_(roots, step.positive_eps)
             directions = torch._foreach_div(directions, roots)
     if step.weight_decay:
         at = leaves.at(step.decay_at)
@@ -149,7 +157,7 @@ def _fused_adam(leaves: "Leaves", step: BaseStep) -> None:
         beta1=_representable(b),
         beta2=_representable(step.b2 or 0.0),
         weight_decay=0.0,
-        eps=step.eps,
+        eps=step.positive_eps,
         amsgrad=False,
         maximize=False,
     )
