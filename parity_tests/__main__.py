@@ -2,6 +2,7 @@
 
     python -m parity_tests matrix --report out/parity
     python -m parity_tests matrix --case 'adamw/*' --steps 50 --device gpu
+    python -m parity_tests long-run
 
 Also installed as ``sf-parity``.
 """
@@ -10,10 +11,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from parity_tests import matrix
+from parity_tests import long_run, matrix
 
 # Each has add_arguments(parser) and run(arguments) -> exit status.
-COMMANDS = {"matrix": matrix}
+COMMANDS = {"matrix": matrix, "long-run": long_run}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

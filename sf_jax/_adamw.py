@@ -99,6 +99,17 @@ def numerator(
     return jax.tree.map(of_leaf, grads, moments.mu)
 
 
+def denominator(
+    nu: jax.Array, correction: jax.Array, eps: jax.typing.ArrayLike
+) -> jax.Array:
+    """``sqrt(v / correction) + eps``, and never 0."""
+    nu = widen(nu)
+    # While all gradients are 0, so is v, and with eps = 0 a step would be 0 / 0. The
+    # smallest normal number changes no root of a v that is not 0.
+    least = jnp.maximum(like(eps, nu), jnp.finfo(nu.dtype).tiny)
+    return jnp.sqrt(nu / like(correction, nu)) + least
+
+
 def abs_squared(g: jax.Array) -> jax.Array:
     g = widen(g)
     return jnp.square(g.real) + jnp.square(g.imag) if jnp.iscomplexobj(g) else g * g
@@ -129,8 +140,7 @@ def adamw_base(
             correction = jnp.ones_like(correction)
 
         def adam(g: jax.Array, nu: jax.Array) -> jax.Array:
-            nu = widen(nu)
-            return g / (jnp.sqrt(nu / like(correction, nu)) + like(eps, nu))
+            return g / denominator(nu, correction, eps)
 
         direction = jax.tree.map(
             adam, numerator(grads, moments, inner_momentum, count), moments.nu

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import optax
 
 from sf_jax import _averaging, _checks, _double
-from sf_jax._adamw import AdamWState, init_moments, update_moments
+from sf_jax._adamw import AdamWState, denominator, init_moments, update_moments
 from sf_jax._averaging import complement, one_minus_power
 from sf_jax._decay import Mask, add_decay
 from sf_jax._double import Double, double, scalar_dtype
@@ -94,11 +94,8 @@ def radam_base(
         rectified = rho(b2, count) > 4
 
         def radam(g: jax.Array, nu: jax.Array) -> jax.Array:
-            g, nu = widen(g), widen(nu)
-            denominator = jnp.sqrt(nu / like(correction, nu)) + like(eps, nu)
-            # One division by a selected denominator: eps = 0 and v = 0 stay harmless
-            # in the steps that do not use them.
-            return g / jnp.where(rectified, denominator, jnp.ones_like(denominator))
+            divisor = denominator(nu, correction, eps)
+            return widen(g) / jnp.where(rectified, divisor, jnp.ones_like(divisor))
 
         direction = add_decay(
             jax.tree.map(radam, grads, moments.nu), iterates, weight_decay, "y", mask
