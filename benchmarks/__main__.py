@@ -45,9 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from benchmarks.candidates import CANDIDATES
     from benchmarks.measure import Row, Settings, measure
 
-    if options.compile_limit is None:
-        options.compile_limit = 30.0 if device == "cpu" else 300.0
-    settings = Settings(devices, compile_limit=options.compile_limit)
+    limit = options.compile_limit or (30.0 if device == "cpu" else 300.0)
+    settings = Settings(devices, options.seconds, compile_limit=limit)
     if options.smoke:
         settings.seconds, settings.rounds, settings.compile_limit = 0.0, 2, 10.0
     command = shlex.join(["python", "-m", "benchmarks", *(arguments or sys.argv[1:])])
@@ -125,6 +124,12 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=("steps", "leaves", "parameters"),
         default=("steps", "leaves", "parameters"),
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=1.0,
+        help="of steps for each row, in 7 rounds of one step at least (1)",
     )
     parser.add_argument(
         "--compile-limit",

@@ -49,7 +49,7 @@ class Settings:
     """How much time and memory measuring may take."""
 
     devices: dict[str, str]  # framework -> its device; a framework not in it has none
-    seconds: float = 1.5  # of steps for each row
+    seconds: float = 1.0  # of steps for each row
     rounds: int = 7  # at least
     compile_limit: float = 60.0  # seconds; rows that would need more are left out
     # candidate -> seconds a tensor that its first step took, for that forecast

@@ -27,10 +27,14 @@ SCALARS = 0.1  # of a leaf: what scalars and the compiler's padding may add
 pytestmark = pytest.mark.xdist_group("libtpu")  # one process at a time may hold it
 
 
-def compile_for_tpu(tx, dtype, topology):
+def sharding_on(topology):
     description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    sharding = SingleDeviceSharding(description.devices[0])
-    return compile_step(tx, jax.ShapeDtypeStruct((LEAF,), dtype), sharding)
+    return SingleDeviceSharding(description.devices[0])
+
+
+def compile_for_tpu(tx, dtype, topology):
+    leaf = jax.ShapeDtypeStruct((LEAF,), dtype)
+    return compile_step(tx, leaf, sharding_on(topology))
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
@@ -72,3 +76,18 @@ def test_the_limit_would_catch_a_second_pass(name):
     )
     accessed = compiled.cost_analysis()["bytes accessed"] / (4 * LEAF)
     assert accessed > 5 + 2 * moments + SCALARS
+
+
+def test_flatten_is_no_gain_on_tpus():
+    """It gathers parameters and gradients and splits the updates: more traffic yet."""
+    factory, options, _ = OPTIMIZERS["adamw"]
+    tx = factory(**options)
+    leaves = [jax.ShapeDtypeStruct((LEAF // 16,), jnp.float32)] * 16
+    plain, flat = (
+        compile_step(t, leaves, sharding_on(TOPOLOGIES[0]))
+        for t in (tx, optax.flatten(tx))
+    )
+    accessed = [c.cost_analysis()["bytes accessed"] for c in (plain, flat)]
+    assert accessed[1] > 1.5 * accessed[0]
+    assert plain.memory_analysis().temp_size_in_bytes < 4096
+    assert flat.memory_analysis().temp_size_in_bytes > 2 * 4 * LEAF
