@@ -293,12 +293,15 @@ def schedule_free(
         missing or gradients that do not fit them.
 
     Examples:
+      >>> from functools import partial
       >>> import jax, jax.numpy as jnp, optax, sf_jax
       >>> tx = sf_jax.schedule_free(optax.rmsprop(0.05), learning_rate=0.05)
       >>> loss = lambda w: jnp.sum((w - 3.0) ** 2)
       >>> params = jnp.zeros(2)  # y
       >>> state = tx.init(params)
-      >>> @jax.jit
+      >>> # Donate params and state, and return them in the SAME ORDER: XLA pairs the
+      >>> # buffers as they come, and copies them where the pairs do not fit.
+      >>> @partial(jax.jit, donate_argnums=(0, 1))
       ... def step(params, state):
       ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
       ...     return optax.apply_updates(params, updates), state
