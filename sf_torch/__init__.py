@@ -4,10 +4,24 @@ References:
   Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
 """
 
-from sf_torch._adamw import AdamWScheduleFree, AdamWScheduleFreePaper
+from sf_torch._adamw import (
+    AdamWScheduleFree,
+    AdamWScheduleFreeClosure,
+    AdamWScheduleFreePaper,
+    AdamWScheduleFreeReference,
+)
 from sf_torch._follow import follow
-from sf_torch._radam import RAdamScheduleFree
-from sf_torch._sgd import SGDScheduleFree
+from sf_torch._radam import (
+    RAdamScheduleFree,
+    RAdamScheduleFreeClosure,
+    RAdamScheduleFreeReference,
+)
+from sf_torch._sgd import (
+    SGDScheduleFree,
+    SGDScheduleFreeClosure,
+    SGDScheduleFreeReference,
+)
+from sf_torch._wrapper import ScheduleFreeWrapper, ScheduleFreeWrapperReference
 from sf_torch.batchnorm import update_bn
 from sf_torch.checkpoint import load_checkpoint, save_checkpoint
 
@@ -15,9 +29,17 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdamWScheduleFree",
+    "AdamWScheduleFreeClosure",
     "AdamWScheduleFreePaper",
+    "AdamWScheduleFreeReference",
     "RAdamScheduleFree",
+    "RAdamScheduleFreeClosure",
+    "RAdamScheduleFreeReference",
     "SGDScheduleFree",
+    "SGDScheduleFreeClosure",
+    "SGDScheduleFreeReference",
+    "ScheduleFreeWrapper",
+    "ScheduleFreeWrapperReference",
     "follow",
     "load_checkpoint",
     "save_checkpoint",

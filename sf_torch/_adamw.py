@@ -10,23 +10,15 @@ References:
 """
 
 import math
+from typing import Any
 
 import torch
 from torch.optim.optimizer import ParamsT
 
-from sf_torch import _kernels
-from sf_torch._averaging import one_minus_power, warmed_up
-from sf_torch._kernels import Tensors
-from sf_torch._optimizer import (
-    Group,
-    Leaves,
-    ScheduleFree,
-    bookkeeping,
-    check_common,
-    check_decay_rate,
-    check_interpolation,
-    decay,
-)
+from sf_torch._averaging import Group, one_minus_power
+from sf_torch._forms import Closure, Reference
+from sf_torch._kernels import BaseStep
+from sf_torch._optimizer import ScheduleFree, bookkeeping
 
 
 class AdamWScheduleFree(ScheduleFree):
@@ -107,37 +99,21 @@ class AdamWScheduleFree(ScheduleFree):
         }
         super().__init__(params, options | bookkeeping(store_x, state_dtype))
 
-    def _check_group(self, group: Group) -> None:
-        check_common(group)
-        check_interpolation("betas[0]", group["betas"][0])
-        check_decay_rate("betas[1]", group["betas"][1])
-        check_decay_rate("inner_momentum", group["inner_momentum"])
-
-    def _beta(self, group: Group) -> float:
-        return group["betas"][0]
-
     def _moments(self, group: Group) -> tuple[str, ...]:
         return ("exp_avg_sq", "exp_avg") if group["inner_momentum"] else ("exp_avg_sq",)
 
-    def _step_size(self, group: Group) -> float:
-        return warmed_up(float(group["lr"]), group["k"], group["warmup_steps"])
-
-    def _correction(self, group: Group) -> float:
-        """What v is divided by."""
-        return one_minus_power(group["betas"][1], group["k"])
-
-    def _displacement(self, group: Group, leaves: Leaves, lr: float) -> Tensors:
-        v, b = leaves.state("exp_avg_sq"), group["inner_momentum"]
-        _kernels.move_mean(v, _kernels.squared(leaves.grads), group["betas"][1])
-        numerators = leaves.grads
-        if b:
-            means = leaves.state("exp_avg")
-            _kernels.move_mean(means, leaves.grads, b)
-            numerators = list(torch._foreach_div(means, one_minus_power(b, group["k"])))
-        steps = _kernels.over_root(numerators, v, self._correction(group), group["eps"])
-        decay(steps, group, leaves)
-        torch._foreach_mul_(steps, -lr)
-        return steps
+    def _base_step(self, group: Group, lr: float) -> BaseStep:
+        b, b2, k = group["inner_momentum"], group["betas"][1], group["k"]
+        return BaseStep(
+            lr,
+            float(group["weight_decay"]),
+            group["decay_at"],
+            b2=b2,
+            correction=one_minus_power(b2, k),
+            eps=group["eps"],
+            inner_momentum=b,
+            momentum_correction=one_minus_power(b, k),
+        )
 
 
 class AdamWScheduleFreePaper(AdamWScheduleFree):
@@ -167,5 +143,33 @@ class AdamWScheduleFreePaper(AdamWScheduleFree):
         correction = one_minus_power(group["betas"][1], group["k"])
         return super()._step_size(group) * math.sqrt(correction)
 
-    def _correction(self, group: Group) -> float:
-        return 1.0
+    def _base_step(self, group: Group, lr: float) -> BaseStep:
+        return super()._base_step(group, lr)._replace(correction=1.0)
+
+
+class AdamWScheduleFreeReference(Reference, AdamWScheduleFree):
+    """:class:`AdamWScheduleFree` with x, y and z all stored."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 0.0025,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        warmup_steps: int = 0,
+        r: float = 0.0,
+        weight_lr_power: float = 2.0,
+        decay_at_z: bool = False,
+        *args: Any,
+        **options: Any,
+    ) -> None:
+        # Meta's class of this name says where decay is taken in this way.
+        if decay_at_z:
+            options["decay_at"] = "z"
+        common = (lr, betas, eps, weight_decay, warmup_steps, r, weight_lr_power)
+        super().__init__(params, *common, *args, **options)
+
+
+class AdamWScheduleFreeClosure(Closure, AdamWScheduleFree):
+    """:class:`AdamWScheduleFree` for ``step(closure)``, without modes to switch."""

@@ -16,16 +16,20 @@ References:
 import math
 from typing import Any
 
+Group = dict[str, Any]
+
 
 def warmed_up(lr: float, k: int, warmup_steps: int) -> float:
     """The step size of step k under linear warmup."""
     return lr * (k + 1) / warmup_steps if k + 1 < warmup_steps else lr
 
 
-def next_weight(group: dict[str, Any], lr: float) -> float:
-    """Enters step k's weight into the group's sum and returns c_k."""
+def polynomial_weight(
+    group: Group, lr: float, r: float, weight_lr_power: float
+) -> float:
+    """Enters step k's weight into the group's sum; returns c_k."""
     lr_max = group["lr_max"] = max(lr, group["lr_max"])
-    weight = (group["k"] + 1) ** group["r"] * lr_max ** group["weight_lr_power"]
+    weight = (group["k"] + 1) ** r * lr_max**weight_lr_power
     weight_sum = group["weight_sum"] = group["weight_sum"] + weight
     return weight / weight_sum if weight_sum > 0 else 0.0
 

@@ -1,16 +1,12 @@
-"""The tensor arithmetic of a step, over lists of tensors.
-
-One form serves both ways of stepping: a list of all parameters that share device and
-dtypes (``foreach=True``, few and large kernels) or lists of one (``foreach=False``,
-temporaries no larger than a single parameter).
+"""The tensor arithmetic of a step, over lists of tensors of one dtype.
 
     z' = z + u
     x' = x + c (z' - x)                                   where x is stored
-    y' = x' + (1 - β') (z' - x')
+    y' = z' + β' (x' - z')
 
 and with x eliminated, where it is not,
 
-    y' = y + (c + e (1 - c)) (z - y) + (1 - β' (1 - c)) u,     e = (β - β') / β
+    y' = y + (c + e (1 - c)) (z - y) + (1 - β' (1 - c)) (z' - z),    e = (β - β') / β
     x  = y + ((1 - β) / β) (y - z)
 
 with β what y was formed with and β' what y' is formed with.
@@ -19,42 +15,93 @@ References:
   Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
 """
 
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
 from torch import Tensor
 
-Tensors = list[Tensor]
+if TYPE_CHECKING:
+    from sf_torch._leaves import Leaves
+
+Tensors = list[Tensor] | tuple[Tensor, ...]
+"""Tensors of one device and dtype, one for each parameter."""
 
 
-def recovered_x(ys: Tensors, zs: Tensors, b1: float) -> Tensors:
-    """x from y and z, as new tensors of z's dtype."""
-    away = torch._foreach_sub(ys, zs)
-    torch._foreach_mul_(away, (1 - b1) / b1)
-    torch._foreach_add_(away, ys)
-    return away
+class Scalars(NamedTuple):
+    """The numbers of one step of a parameter group."""
+
+    lr: float  # lr_k: the step size, as the averaging weight sees it
+    ckp1: float  # c_k: how much of z' enters x
+    b1: float  # β: what the present y was formed with
+    next_b1: float  # β': what the next y is formed with
 
 
-def interpolated_y(xs: Tensors, zs: Tensors, b1: float) -> Tensors:
-    """y from x and z, as new tensors of z's dtype."""
-    towards_z = torch._foreach_sub(zs, xs)
-    torch._foreach_mul_(towards_z, 1 - b1)
-    torch._foreach_add_(towards_z, xs)
-    return towards_z
+class BaseStep(NamedTuple):
+    """One step of the base optimizer in numbers.
+
+    m  = b m + (1 - b) g,  ĝ = m / momentum_correction       or ĝ = g if b = 0
+    v  = b2 v + (1 - b2) |g|²
+    z' = z - lr (ĝ / (sqrt(v / correction) + eps) + λ p)     or without the division
+    """
+
+    lr: float
+    weight_decay: float  # λ
+    decay_at: str  # which of x, y, z before the step is p
+    b2: float | None = None  # None: no v
+    correction: float = 1.0
+    eps: float = 0.0
+    divides: bool = True
+    inner_momentum: float = 0.0  # b; 0: no m
+    momentum_correction: float = 1.0
 
 
-def move_y(
-    ys: Tensors, zs: Tensors, steps: Tensors, ckp1: float, b1: float, next_b1: float
-) -> None:
-    """The lean update of y in place, from z before its step and the step itself."""
-    change = torch._foreach_sub(zs, ys)
+def recover_x(ys: Tensors, zs: Tensors, b1: float) -> Tensors:
+    """x from y and z, as new tensors."""
+    return torch._foreach_lerp(ys, zs, 1 - 1 / b1)
+
+
+def interpolate_y(xs: Tensors, zs: Tensors, b1: float) -> Tensors:
+    """y from x and z, as new tensors."""
+    return torch._foreach_lerp(zs, xs, b1)
+
+
+def move_y(ys: Tensors, zs: Tensors, new_zs: Tensors, scalars: Scalars) -> None:
+    """The lean update of y in place.
+
+    Through z' - z as z' was rounded, and not through u, its equal on paper: else the
+    rounding of z would part y from z for good.
+    """
+    _, ckp1, b1, next_b1 = scalars
     turn = (b1 - next_b1) / b1 if b1 != next_b1 else 0.0
-    torch._foreach_mul_(change, ckp1 + turn * (1 - ckp1))
-    torch._foreach_add_(change, steps, alpha=1 - next_b1 * (1 - ckp1))
-    torch._foreach_add_(ys, change)
+    torch._foreach_lerp_(ys, zs, ckp1 + turn * (1 - ckp1))
+    steps = torch._foreach_sub(new_zs, zs)
+    torch._foreach_add_(ys, steps, alpha=1 - next_b1 * (1 - ckp1))
 
 
-def move_x(xs: Tensors, zs: Tensors, ckp1: float) -> None:
-    """The average in place, from z after its step."""
-    torch._foreach_add_(xs, torch._foreach_sub(zs, xs), alpha=ckp1)
+def move_x(xs: Tensors, new_zs: Tensors, ckp1: float) -> None:
+    """The average in place."""
+    torch._foreach_lerp_(xs, new_zs, ckp1)
+
+
+def move_z(leaves: "Leaves", step: BaseStep) -> Tensors:
+    """z' as new tensors; moves the moments."""
+    directions = leaves.grads
+    if step.inner_momentum:
+        means = leaves.moments["exp_avg"]
+        move_mean(means, leaves.grads, step.inner_momentum)
+        directions = torch._foreach_div(means, step.momentum_correction)
+    if step.b2 is not None:
+        v = leaves.moments["exp_avg_sq"]
+        move_mean(v, _squared(leaves.grads), step.b2)
+        if step.divides:
+            roots = torch._foreach_div(v, step.correction)
+            torch._foreach_sqrt_(roots)
+            torch._foreach_add_(roots, step.eps)
+            directions = torch._foreach_div(directions, roots)
+    if step.weight_decay:
+        at = leaves.at(step.decay_at)
+        directions = torch._foreach_add(directions, at, alpha=step.weight_decay)
+    return torch._foreach_add(leaves.zs, directions, alpha=-step.lr)
 
 
 def move_mean(means: Tensors, values: Tensors, b: float) -> None:
@@ -63,27 +110,11 @@ def move_mean(means: Tensors, values: Tensors, b: float) -> None:
     Written as ``mean + (1 - b) (value - mean)``: rounded to float32, b and 1 - b do
     not add up to 1, and over the memory of the mean the difference adds up too.
     """
-    torch._foreach_add_(means, torch._foreach_sub(values, means), alpha=1 - b)
+    torch._foreach_lerp_(means, values, 1 - b)
 
 
-def squared(grads: Tensors) -> Tensors:
+def _squared(grads: Tensors) -> Tensors:
     """|g|², real also where g is complex."""
-    if any(g.is_complex() for g in grads):
-        return [(g * g.conj()).real if g.is_complex() else g * g for g in grads]
-    return list(torch._foreach_mul(grads, grads))
-
-
-def over_root(
-    numerators: Tensors, v: Tensors, correction: float, eps: float
-) -> Tensors:
-    """``numerator / (sqrt(v / correction) + eps)``, as new tensors."""
-    denominators = torch._foreach_div(v, correction)
-    torch._foreach_sqrt_(denominators)
-    torch._foreach_add_(denominators, eps)
-    return list(torch._foreach_div(numerators, denominators))
-
-
-def copy(targets: Tensors, sources: Tensors) -> None:
-    """Writes sources into targets, rounding to the targets' dtypes."""
-    for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
+    if grads[0].is_complex():
+        return [g.real.square() + g.imag.square() for g in grads]
+    return torch._foreach_mul(grads, grads)

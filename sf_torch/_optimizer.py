@@ -3,66 +3,62 @@
 The parameters hold **y** in train mode and **x** in eval mode. The state of a
 parameter holds ``z``, and ``x`` where y does not determine it: for parameters
 narrower than float32, whose state is the float32 master, for β = 0, and on request.
-A subclass says how z moves.
+
+An optimizer is a choice for four seams, each a method: the base step
+(:meth:`ScheduleFree._base_step`, or :meth:`ScheduleFree._move_z` for
+what its numbers do not cover), the step size (:meth:`ScheduleFree._step_size`), the
+averaging weight (:meth:`ScheduleFree._weight`) and the interpolation
+(:meth:`ScheduleFree._beta`).
 
 References:
   Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sf_torch import _kernels
-from sf_torch._averaging import next_weight
-from sf_torch._kernels import Tensors
-
-Group = dict[str, Any]
-DECAY_AT = ("y", "z", "x")
-
-
-@dataclass
-class Leaves:
-    """Parameters that take their step together, as parallel lists."""
-
-    params: Tensors
-    grads: Tensors  # in z's dtype
-    ys: Tensors  # the parameters themselves, or y in z's dtype
-    zs: Tensors
-    xs: Tensors | None  # None: recovered from y and z
-    states: list[dict[str, Tensor]]
-
-    def at(self, name: str, b1: float) -> Tensors:
-        """The sequence of this name before the step."""
-        if name == "x":
-            return self.xs or _kernels.recovered_x(self.ys, self.zs, b1)
-        return self.ys if name == "y" else self.zs
-
-    def state(self, key: str) -> Tensors:
-        return [state[key] for state in self.states]
+from sf_torch import _averaging, _checks, _kernels
+from sf_torch._averaging import Group
+from sf_torch._kernels import BaseStep, Scalars, Tensors
+from sf_torch._leaves import Leaf, Leaves, gather, is_master, local
 
 
 class ScheduleFree(torch.optim.Optimizer):
     """The base of the optimizers here; not an optimizer by itself."""
 
+    # The four seams
+
     def _beta(self, group: Group) -> float:
-        """β, the weight of x in y."""
-        raise NotImplementedError
+        """β, the weight of x in the y that this step forms."""
+        return group["betas"][0]
 
     def _step_size(self, group: Group) -> float:
-        raise NotImplementedError
+        """``lr_k``, which the base step and the averaging weight both see."""
+        return _averaging.warmed_up(
+            float(group["lr"]), group["k"], group.get("warmup_steps", 0)
+        )
+
+    def _weight(self, group: Group, lr: float) -> float:
+        """``c_k``: how much of z' enters x."""
+        return _averaging.polynomial_weight(
+            group, lr, group["r"], group["weight_lr_power"]
+        )
 
     def _moments(self, group: Group) -> tuple[str, ...]:
         """Keys of the arrays that the base step keeps for each parameter."""
         return ()
 
-    def _displacement(self, group: Group, leaves: Leaves, lr: float) -> Tensors:
-        """u, by which z moves, as new tensors; moves the moments."""
+    def _base_step(self, group: Group, lr: float) -> BaseStep:
+        """How z moves, in numbers."""
         raise NotImplementedError
+
+    def _move_z(self, group: Group, leaves: Leaves, lr: float) -> Tensors:
+        """z', as new tensors; moves the moments."""
+        return _kernels.move_z(leaves, self._base_step(group, lr))
 
     # Modes
 
@@ -135,8 +131,6 @@ class ScheduleFree(torch.optim.Optimizer):
             for name, value in model.state_dict().items()
         }
 
-    # State
-
     def _x(self, p: Tensor, group: Group) -> Tensor:
         state = self.state.get(p)
         if not state or "z" not in state:
@@ -145,14 +139,18 @@ class ScheduleFree(torch.optim.Optimizer):
             return state["x"]
         if not group["train_mode"]:
             return p
-        return _kernels.recovered_x([p], [state["z"]], group["b1"])[0]
+        return _kernels.recover_x(*wide(p, state["z"]), group["b1"])[0]
 
     def _y(self, p: Tensor, group: Group) -> Tensor:
         state = self.state.get(p)
         if not state or "z" not in state:
             return p
+        if "y" in state:
+            return state["y"]
         x = state.get("x", p)
-        return _kernels.interpolated_y([x], [state["z"]], group["b1"])[0]
+        return _kernels.interpolate_y(*wide(x, state["z"]), group["b1"])[0]
+
+    # State
 
     def _state_of(self, p: Tensor, group: Group) -> dict[str, Tensor]:
         """The state of a parameter, made or completed where that is needed."""
@@ -160,38 +158,46 @@ class ScheduleFree(torch.optim.Optimizer):
         dtype = group["state_dtype"] or torch.promote_types(p.dtype, torch.float32)
         if p.is_complex():
             dtype = torch.promote_types(dtype, torch.complex64)
+        for key, value in state.items():
+            # Another package's state may have come in the parameters' own dtype.
+            wanted = dtype if value.is_complex() else dtype.to_real()
+            if value.dtype != wanted:
+                state[key] = value.to(wanted)
         if "z" not in state:
             state["z"] = p.detach().to(dtype, copy=True)
-        stored = group["store_x"] or self._beta(group) == 0 or p.dtype != dtype
-        if stored and "x" not in state:
+        if "x" not in state and (self._stores_x(group) or is_master(state["z"], p)):
             state["x"] = self._x(p, group).detach().to(dtype, copy=True)
         for key in self._moments(group):
             if key not in state:
                 # Moments start at zero; that of |g|² is real.
                 like = state["z"].real if key == "exp_avg_sq" else state["z"]
-                state[key] = torch.zeros_like(like.contiguous())
-        for key, value in state.items():
-            # Another package's state may have come in the parameters' own dtype.
-            wanted = dtype.to_real() if value.is_floating_point() else dtype
-            if value.dtype != wanted:
-                state[key] = value.to(wanted)
+                state[key] = torch.zeros_like(like)
         return state
 
+    def _stores_x(self, group: Group) -> bool:
+        """Whether x is kept even where y has it in full; β = 0 leaves no other way."""
+        return group["store_x"] or 0 in (group["b1"], self._beta(group))
+
     def add_param_group(self, param_group: Group) -> None:
-        """Adds a group, in the mode of those that are there."""
+        """Adds a group, in the mode of those that are there.
+
+        Raises:
+          ValueError: an option out of its range; the group is not added then.
+        """
         if self.param_groups:
             param_group.setdefault("train_mode", self.training)
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            self._check_group(self.param_groups[-1])
+            _checks.parameters(group["params"])
+            self._check_group(group)
         except Exception:
             del self.param_groups[-1]
             raise
-        group = self.param_groups[-1]
         group.setdefault("b1", self._beta(group))
 
     def _check_group(self, group: Group) -> None:
-        """Refuses a group's options; by then they include the defaults."""
+        _checks.options(group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -201,16 +207,15 @@ class ScheduleFree(torch.optim.Optimizer):
                 group.setdefault(key, value)
             group.setdefault("b1", self._beta(group))
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads a state dict of this optimizer or of ``schedulefree``'s.
 
         Raises:
           ValueError: groups or shapes that do not fit; nothing has changed then.
         """
-        pairs = list(self._saved_states(state_dict))
         misfits = [
             f"parameter {index}: {key} {tuple(value.shape)} for {tuple(p.shape)}"
-            for index, p, saved in pairs
+            for index, p, saved in saved_states(self, state_dict)
             for key, value in saved.items()
             if isinstance(value, Tensor) and value.dim() and value.shape != p.shape
         ]
@@ -220,22 +225,12 @@ class ScheduleFree(torch.optim.Optimizer):
                 + "; ".join(misfits)
                 + ". Build the optimizer over the model that it was saved with."
             )
-        super().load_state_dict(state_dict)
-        for _, p, saved in pairs:
-            # torch casts floating state to the parameter's dtype; masters stay wide.
-            for key, value in saved.items():
-                if isinstance(value, Tensor):
-                    self.state[p][key] = value.detach().to(p.device, copy=True)
-
-    def _saved_states(
-        self, state_dict: dict[str, Any]
-    ) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
-        for saved, group in zip(
-            state_dict["param_groups"], self.param_groups, strict=False
-        ):
-            for index, p in zip(saved["params"], group["params"], strict=False):
-                if index in state_dict["state"]:
-                    yield index, p, state_dict["state"][index]
+        # A package without modes in its groups says nothing against the present one.
+        groups = [
+            {"train_mode": self.training, **g} for g in state_dict["param_groups"]
+        ]
+        super().load_state_dict({**state_dict, "param_groups": groups})
+        restore_dtypes(self, state_dict)
 
     # The step
 
@@ -252,9 +247,6 @@ class ScheduleFree(torch.optim.Optimizer):
         Raises:
           RuntimeError: in eval mode, or for sparse gradients; nothing has moved then.
         """
-        return self._advance(closure)
-
-    def _advance(self, closure: Callable[[], Any] | None) -> Any:
         if not all(group["train_mode"] for group in self.param_groups):
             raise RuntimeError(
                 "step() in eval mode: the parameters hold x, and gradients belong to "
@@ -271,59 +263,84 @@ class ScheduleFree(torch.optim.Optimizer):
                         "sparse gradients are not supported: z, x and y are dense. "
                         "Build the embedding with sparse=False."
                     )
-        for group in self.param_groups:
-            self._step_group(group)
+        self._advance(loss, closure)
         return loss
 
+    def _advance(self, loss: Any, closure: Callable[[], Any] | None) -> None:
+        for group in self.param_groups:
+            self._step_group(group)
+
     def _step_group(self, group: Group) -> None:
+        scalars = self._scalars(group)
+        for leaves in self._gather(group):
+            leaves.advance(self._move_z(group, leaves, scalars.lr), scalars)
+        self._end_step(group, scalars)
+
+    def _scalars(self, group: Group) -> Scalars:
         lr = group["scheduled_lr"] = self._step_size(group)
-        ckp1 = next_weight(group, lr)
-        b1, next_b1 = group["b1"], self._beta(group)
-        for leaves in self._leaves(group):
-            steps = self._displacement(group, leaves, lr)
-            if leaves.xs is None:
-                _kernels.move_y(leaves.ys, leaves.zs, steps, ckp1, b1, next_b1)
-                torch._foreach_add_(leaves.zs, steps)
-            else:
-                torch._foreach_add_(leaves.zs, steps)
-                _kernels.move_x(leaves.xs, leaves.zs, ckp1)
-                ys = _kernels.interpolated_y(leaves.xs, leaves.zs, next_b1)
-                _kernels.copy(leaves.params, ys)
-        group["b1"] = next_b1
+        ckp1 = self._weight(group, lr)
+        return Scalars(lr, ckp1, group["b1"], self._beta(group))
+
+    def _gather(self, group: Group) -> Iterator[Leaves]:
+        params = [p for p in group["params"] if p.grad is not None]
+        together = group.get("foreach")
+        if together is None:
+            together = all(p.device.type != "cpu" for p in params)
+        leaves = []
+        for p in params:
+            state = self._state_of(p, group)
+            leaves.append(
+                Leaf(
+                    local(p.detach()),
+                    local(p.grad),
+                    {key: local(value) for key, value in state.items()},
+                )
+            )
+        return gather(leaves, group["b1"], together)
+
+    def _end_step(self, group: Group, scalars: Scalars) -> None:
+        if scalars.next_b1 != scalars.b1:
+            # Parameters that took no step have their y in another place now.
+            still = [p for p in group["params"] if p.grad is None and self.state.get(p)]
+            for p in still:
+                state = self._state_of(p, group)
+                xs_and_zs = wide(self._x(p, group), state["z"])
+                y = _kernels.interpolate_y(*xs_and_zs, scalars.next_b1)[0]
+                for kept in (p, state.get("y")):
+                    if kept is not None:
+                        kept.copy_(y)
+            group["b1"] = scalars.next_b1
         group["k"] += 1
 
-    def _leaves(self, group: Group) -> Iterator[Leaves]:
-        params = [p for p in group["params"] if p.grad is not None]
-        foreach = group["foreach"]
-        if foreach is None:
-            foreach = all(p.is_cuda for p in params)
-        batches: dict[Any, Tensors] = {}
-        for i, p in enumerate(params):
-            state = self._state_of(p, group)
-            alike = (p.device, p.dtype, state["z"].dtype, "x" in state)
-            batches.setdefault(alike if foreach else i, []).append(p)
-        for batch in batches.values():
-            states: list[dict[str, Tensor]] = [self.state[p] for p in batch]
-            zs = [state["z"] for state in states]
-            xs = [state["x"] for state in states] if "x" in states[0] else None
-            ys = [p.detach() for p in batch]
-            if xs is not None and batch[0].dtype != zs[0].dtype:
-                ys = _kernels.interpolated_y(xs, zs, group["b1"])
-            grads = [
-                p.grad.to(z.dtype)
-                for p, z in zip(batch, zs, strict=True)
-                if p.grad is not None
-            ]
-            yield Leaves(batch, grads, ys, zs, xs, states)
+
+def saved_states(
+    optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]
+) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
+    """Index, parameter and saved state of each parameter that has one."""
+    pairs = zip(state_dict["param_groups"], optimizer.param_groups, strict=False)
+    for saved, group in pairs:
+        for index, p in zip(saved["params"], group["params"], strict=False):
+            if index in state_dict["state"]:
+                yield index, p, state_dict["state"][index]
 
 
-def decay(steps: Tensors, group: Group, leaves: Leaves, at: str | None = None) -> None:
-    """Adds ``λ p`` in place, with p one of y, z, x before the step."""
-    if group["weight_decay"]:
-        at = at or group.get("decay_at", "y")
-        torch._foreach_add_(
-            steps, leaves.at(at, group["b1"]), alpha=float(group["weight_decay"])
-        )
+def restore_dtypes(
+    optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]
+) -> None:
+    """Undoes torch's cast of loaded state to the parameters' dtype."""
+    for _, p, saved in saved_states(optimizer, state_dict):
+        for key, value in saved.items():
+            if (
+                isinstance(value, Tensor)
+                and value.dtype != optimizer.state[p][key].dtype
+            ):
+                optimizer.state[p][key] = value.detach().to(p.device, copy=True)
+
+
+def wide(a: Tensor, z: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Both in the dtype of arithmetic, as lists of one."""
+    dtype = torch.promote_types(torch.promote_types(a.dtype, z.dtype), torch.float32)
+    return [a.to(dtype)], [z.to(dtype)]
 
 
 def bookkeeping(store_x: bool, state_dtype: torch.dtype | None) -> Group:
@@ -337,37 +354,3 @@ def bookkeeping(store_x: bool, state_dtype: torch.dtype | None) -> Group:
         "store_x": store_x,
         "state_dtype": state_dtype,
     }
-
-
-def check_interpolation(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(
-            f"{name} must lie in [0, 1], got {value}. It is the weight of x in y "
-            "(usually 0.9 to 0.98)."
-        )
-
-
-def check_decay_rate(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(
-            f"{name} must lie in [0, 1), got {value}. It is the decay rate of a "
-            "moving average (usually 0.9 to 0.999)."
-        )
-
-
-def check_common(group: Group) -> None:
-    """The options that every optimizer has."""
-    for name in ("lr", "weight_decay", "eps", "warmup_steps"):
-        if name in group and not group[name] >= 0:
-            raise ValueError(
-                f"{name} must not be negative, got {group[name]}. Give its magnitude."
-            )
-    warmup_steps = group.get("warmup_steps", 0)
-    if not isinstance(warmup_steps, int):
-        raise TypeError(
-            f"warmup_steps must be an integer, got {warmup_steps}. It counts steps; "
-            f"use {round(float(warmup_steps))}."
-        )
-    decay_at = group.get("decay_at", "y")
-    if decay_at not in DECAY_AT:
-        raise ValueError(f"decay_at must be one of 'y', 'z', 'x', got {decay_at!r}.")

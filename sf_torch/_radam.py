@@ -9,19 +9,10 @@ References:
 import torch
 from torch.optim.optimizer import ParamsT
 
-from sf_torch import _kernels
-from sf_torch._averaging import one_minus_power, rectification
-from sf_torch._kernels import Tensors
-from sf_torch._optimizer import (
-    Group,
-    Leaves,
-    ScheduleFree,
-    bookkeeping,
-    check_common,
-    check_decay_rate,
-    check_interpolation,
-    decay,
-)
+from sf_torch._averaging import Group, one_minus_power, rectification
+from sf_torch._forms import Closure, Reference
+from sf_torch._kernels import BaseStep
+from sf_torch._optimizer import ScheduleFree, bookkeeping
 
 
 class RAdamScheduleFree(ScheduleFree):
@@ -95,14 +86,6 @@ class RAdamScheduleFree(ScheduleFree):
         }
         super().__init__(params, options | bookkeeping(store_x, state_dtype))
 
-    def _check_group(self, group: Group) -> None:
-        check_common(group)
-        check_interpolation("betas[0]", group["betas"][0])
-        check_decay_rate("betas[1]", group["betas"][1])
-
-    def _beta(self, group: Group) -> float:
-        return group["betas"][0]
-
     def _moments(self, group: Group) -> tuple[str, ...]:
         return ("exp_avg_sq",)
 
@@ -112,16 +95,22 @@ class RAdamScheduleFree(ScheduleFree):
             factor = 0.0 if group["silent_sgd_phase"] else 1.0
         return float(group["lr"]) * factor
 
-    def _displacement(self, group: Group, leaves: Leaves, lr: float) -> Tensors:
+    def _base_step(self, group: Group, lr: float) -> BaseStep:
         b2, k = group["betas"][1], group["k"]
-        v = leaves.state("exp_avg_sq")
-        _kernels.move_mean(v, _kernels.squared(leaves.grads), b2)
-        if rectification(b2, k) is None:
-            steps = [grad.clone() for grad in leaves.grads]
-        else:
-            steps = _kernels.over_root(
-                leaves.grads, v, one_minus_power(b2, k), group["eps"]
-            )
-        decay(steps, group, leaves)
-        torch._foreach_mul_(steps, -lr)
-        return steps
+        return BaseStep(
+            lr,
+            float(group["weight_decay"]),
+            "y",
+            b2=b2,
+            correction=one_minus_power(b2, k),
+            eps=group["eps"],
+            divides=rectification(b2, k) is not None,
+        )
+
+
+class RAdamScheduleFreeReference(Reference, RAdamScheduleFree):
+    """:class:`RAdamScheduleFree` with x, y and z all stored."""
+
+
+class RAdamScheduleFreeClosure(Closure, RAdamScheduleFree):
+    """:class:`RAdamScheduleFree` for ``step(closure)``, without modes to switch."""

@@ -4,20 +4,15 @@ References:
   Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
 """
 
+from typing import Any
+
 import torch
 from torch.optim.optimizer import ParamsT
 
-from sf_torch._averaging import warmed_up
-from sf_torch._kernels import Tensors
-from sf_torch._optimizer import (
-    Group,
-    Leaves,
-    ScheduleFree,
-    bookkeeping,
-    check_common,
-    check_interpolation,
-    decay,
-)
+from sf_torch._averaging import Group
+from sf_torch._forms import Closure, Reference
+from sf_torch._kernels import BaseStep
+from sf_torch._optimizer import ScheduleFree, bookkeeping
 
 
 class SGDScheduleFree(ScheduleFree):
@@ -89,18 +84,28 @@ class SGDScheduleFree(ScheduleFree):
         }
         super().__init__(params, options | bookkeeping(store_x, state_dtype))
 
-    def _check_group(self, group: Group) -> None:
-        check_common(group)
-        check_interpolation("momentum", group["momentum"])
-
     def _beta(self, group: Group) -> float:
         return group["momentum"]
 
-    def _step_size(self, group: Group) -> float:
-        return warmed_up(float(group["lr"]), group["k"], group["warmup_steps"])
+    def _base_step(self, group: Group, lr: float) -> BaseStep:
+        return BaseStep(lr, float(group["weight_decay"]), group["decay_at"])
 
-    def _displacement(self, group: Group, leaves: Leaves, lr: float) -> Tensors:
-        steps = [grad.clone() for grad in leaves.grads]
-        decay(steps, group, leaves)
-        torch._foreach_mul_(steps, -lr)
-        return steps
+
+class SGDScheduleFreeReference(Reference, SGDScheduleFree):
+    """:class:`SGDScheduleFree` with x, y and z all stored."""
+
+
+class SGDScheduleFreeClosure(Closure, SGDScheduleFree):
+    """:class:`SGDScheduleFree` for ``step(closure)``, without modes to switch."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1.0,
+        weight_decay: float = 0,
+        momentum: float = 0.9,
+        *args: Any,
+        **options: Any,
+    ) -> None:
+        # The order of the arguments is that of Meta's class of this name.
+        super().__init__(params, lr, momentum, weight_decay, *args, **options)

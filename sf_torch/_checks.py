@@ -1,0 +1,110 @@
+"""Checks of options. Each error quotes the value and says what would be right."""
+
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DECAY_AT = ("y", "z", "x")
+
+
+def options(group: Mapping[str, Any]) -> None:
+    """Refuses what a parameter group cannot mean."""
+    for name, check in _CHECKS.items():
+        if name in group:
+            check(name, group[name])
+
+
+def parameters(params: list[Tensor]) -> None:
+    for p in params:
+        if not (p.is_floating_point() or p.is_complex()):
+            raise ValueError(
+                f"a parameter has dtype {p.dtype}, which cannot be averaged. Leave it "
+                "out of the optimizer."
+            )
+
+
+def interpolation(name: str, value: Any) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(
+            f"{name} must lie in [0, 1], got {value}. It is the weight of x in y "
+            "(usually 0.9 to 0.98)."
+        )
+
+
+def decay_rate(name: str, value: Any) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(
+            f"{name} must lie in [0, 1), got {value}. It is the decay rate of a "
+            "moving average (usually 0.9 to 0.999)."
+        )
+
+
+def betas(name: str, value: Any) -> None:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"{name} must be a pair, got {value!r}. Give (0.9, 0.999).")
+    interpolation(f"{name}[0]", value[0])
+    decay_rate(f"{name}[1]", value[1])
+
+
+def learning_rate(name: str, value: Any) -> None:
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(
+            f"{name} must hold one number, got a tensor of shape {tuple(value.shape)}. "
+            "Give parameters with other step sizes a group of their own."
+        )
+    non_negative(name, value)
+
+
+def non_negative(name: str, value: Any) -> None:
+    if not value >= 0 or math.isinf(value):
+        raise ValueError(
+            f"{name} must not be negative, got {value}. Give its magnitude, a finite "
+            "number."
+        )
+
+
+def warmup_steps(name: str, value: Any) -> None:
+    if not isinstance(value, numbers.Integral):
+        raise TypeError(
+            f"{name} must be an integer, got {value}. It counts steps; use "
+            f"{round(float(value))}."
+        )
+    if value < 0:
+        raise ValueError(
+            f"{name} must not be negative, got {value}. It counts steps; 0 turns "
+            "warmup off."
+        )
+
+
+def decay_at(name: str, value: Any) -> None:
+    if value not in DECAY_AT:
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, DECAY_AT))}, got {value!r}."
+        )
+
+
+def state_dtype(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
+        raise ValueError(
+            f"{name} must be a floating dtype, got {value}. Leave it out to keep the "
+            "state at least in float32."
+        )
+
+
+_CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "lr": learning_rate,
+    "momentum": interpolation,
+    "betas": betas,
+    "inner_momentum": decay_rate,
+    "eps": non_negative,
+    "weight_decay": non_negative,
+    "warmup_steps": warmup_steps,
+    "decay_at": decay_at,
+    "state_dtype": state_dtype,
+}

@@ -1,0 +1,61 @@
+"""Two other forms of every optimizer: Reference and Closure.
+
+Each is a base class to put before an optimizer; neither knows which one it is.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from sf_torch._averaging import Group
+from sf_torch._optimizer import ScheduleFree
+
+
+class Reference(ScheduleFree):
+    """Stores x, y and z: the formulas as they stand, nothing recovered.
+
+    Uses two more arrays a parameter than the plain form; switching modes loses nothing
+    to rounding.
+    """
+
+    def _stores_x(self, group: Group) -> bool:
+        return True
+
+    def _state_of(self, p: Tensor, group: Group) -> dict[str, Tensor]:
+        state = super()._state_of(p, group)
+        if "y" not in state:
+            state["y"] = p.detach().to(state["z"].dtype, copy=True)
+        return state
+
+
+class Closure(ScheduleFree):
+    """The parameters hold x, but for the time that a step's closure runs.
+
+    There are no modes to switch and none to forget; the price is a second pass over
+    the parameters and x in the state.
+    """
+
+    def _stores_x(self, group: Group) -> bool:
+        return True
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step.
+
+        Args:
+          closure: evaluates the loss and its gradients; it finds y in the parameters.
+
+        Returns:
+          What closure returned.
+
+        Raises:
+          ValueError: no closure.
+        """
+        if closure is None:
+            raise ValueError(
+                "step() needs a closure here: between steps the parameters hold x, and "
+                "gradients belong to y. Call step(closure), or use the form without "
+                "Closure in its name."
+            )
+        with self.train_mode():
+            return super().step(closure)

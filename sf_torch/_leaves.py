@@ -1,0 +1,164 @@
+"""Which tensors take their step together, and in which form arithmetic sees them.
+
+A step reads and writes each array many times over. On a CPU it therefore works
+through blocks that stay in the cache: small tensors together, large ones in slices.
+On an accelerator all tensors that share a device and dtypes go together, in few and
+large kernels. Arithmetic is done in the widest dtype of parameter and state, at least
+float32, on copies where a tensor is narrower than that.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sf_torch import _kernels
+from sf_torch._kernels import Tensors
+
+BLOCK = 2**15
+"""Elements of a block: some eight arrays of float32 in a megabyte of cache."""
+
+
+@dataclass
+class Leaf:
+    """One parameter, or a slice of one, with its gradient and its state."""
+
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Tensor]  # z; x and y where they are stored; moments
+
+
+@dataclass
+class Leaves:
+    """Parameters that take their step together: parallel lists in one dtype."""
+
+    params: Tensors
+    grads: Tensors
+    ys: Tensors
+    zs: Tensors
+    xs: Tensors | None  # None: recovered from y and z
+    b1: float  # β: what ys were formed with
+    moments: dict[str, Tensors]
+    kept_ys: Tensors | None  # y where the state keeps it too
+    narrow: list[tuple[Tensors, Tensors]]  # (what is stored, its wide copy)
+
+    def at(self, name: str) -> Tensors:
+        """x, y or z before the step."""
+        if name == "x":
+            return self.xs or _kernels.recover_x(self.ys, self.zs, self.b1)
+        return self.ys if name == "y" else self.zs
+
+    def advance(self, new_zs: Tensors, scalars: _kernels.Scalars) -> None:
+        """Moves z to new_zs, and x and y with it, and writes them where they stay."""
+        if self.xs is None:
+            _kernels.move_y(self.ys, self.zs, new_zs, scalars)
+            ys = self.ys
+        else:
+            _kernels.move_x(self.xs, new_zs, scalars.ckp1)
+            ys = _kernels.interpolate_y(self.xs, new_zs, scalars.next_b1)
+        torch._foreach_copy_(self.zs, new_zs)
+        if ys is not self.params:
+            torch._foreach_copy_(self.params, ys)
+        if self.kept_ys is not None:
+            torch._foreach_copy_(self.kept_ys, ys)
+        for stored, copies in self.narrow:
+            torch._foreach_copy_(stored, copies)
+
+
+def gather(leaves: Iterable[Leaf], b1: float, together: bool) -> Iterator[Leaves]:
+    """The leaves in the batches in which they take their step.
+
+    ``together=False`` keeps parameters apart, so that what a step needs besides the
+    state is no larger than one of them.
+    """
+    batches: dict[Any, list[Leaf]] = {}
+    sizes: dict[Any, int] = {}
+    for number, leaf in enumerate(leaves):
+        z, in_blocks = leaf.state["z"], _in_blocks(leaf.param)
+        alike = (leaf.param.device, leaf.param.dtype, z.dtype, *leaf.state)
+        key = alike if together else (number,)
+        for piece in _slices(leaf) if in_blocks else [leaf]:
+            size = piece.param.numel()
+            if in_blocks and sizes.get(key, 0) + size > BLOCK and key in batches:
+                yield _batch(batches.pop(key), b1)
+                del sizes[key]
+            batches.setdefault(key, []).append(piece)
+            sizes[key] = sizes.get(key, 0) + size
+        if not together and key in batches:
+            yield _batch(batches.pop(key), b1)
+    for batch in batches.values():
+        yield _batch(batch, b1)
+
+
+def _batch(leaves: list[Leaf], b1: float) -> Leaves:
+    first = leaves[0]
+    dtype = torch.promote_types(first.param.dtype, first.state["z"].dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    narrow: list[tuple[Tensors, Tensors]] = []
+
+    def wide(tensors: list[Tensor], write_back: bool = True) -> Tensors:
+        to = dtype if tensors[0].is_complex() else dtype.to_real()
+        if tensors[0].dtype == to:
+            return tensors
+        copies = [t.to(to) for t in tensors]
+        if write_back:
+            narrow.append((tensors, copies))
+        return copies
+
+    def state(key: str) -> list[Tensor]:
+        return [leaf.state[key] for leaf in leaves]
+
+    params = [leaf.param for leaf in leaves]
+    grads = wide([leaf.grad for leaf in leaves], write_back=False)
+    zs = wide(state("z"))
+    xs = wide(state("x")) if "x" in first.state else None
+    ys = wide(params, write_back=False)
+    if xs is not None and is_master(first.state["z"], first.param):
+        ys = _kernels.interpolate_y(xs, zs, b1)
+    moments = {
+        key: wide(state(key)) for key in first.state if key not in ("x", "y", "z")
+    }
+    kept_ys = state("y") if "y" in first.state else None
+    return Leaves(params, grads, ys, zs, xs, b1, moments, kept_ys, narrow)
+
+
+def is_master(z: Tensor, param: Tensor) -> bool:
+    """Whether the parameter is a rounded copy of what the state holds."""
+    return z.dtype.itemsize > param.dtype.itemsize
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a distributed tensor; another tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _in_blocks(param: Tensor) -> bool:
+    # Compiled code fuses a step by itself.
+    return param.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _slices(leaf: Leaf) -> Iterator[Leaf]:
+    if leaf.param.numel() <= BLOCK:
+        yield leaf
+        return
+    tensors = [leaf.param, leaf.grad, *leaf.state.values()]
+    if not all(t.is_contiguous() for t in tensors) and not _same_dense(tensors):
+        yield leaf
+        return
+    flat = [t.as_strided((t.numel(),), (1,)) for t in tensors]
+    for param, grad, *states in zip(*(t.split(BLOCK) for t in flat), strict=True):
+        yield Leaf(param, grad, dict(zip(leaf.state, states, strict=True)))
+
+
+def _same_dense(tensors: list[Tensor]) -> bool:
+    """Whether all fill their memory in one and the same order, as in channels_last."""
+    strides = tensors[0].stride()
+    sizes = sorted(zip(strides, tensors[0].shape, strict=True))
+    expected = 1
+    for stride, size in sizes:
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return all(t.stride() == strides for t in tensors)

@@ -1,0 +1,258 @@
+"""Schedule-Free over any torch optimizer: the base moves z with the gradients at y.
+
+    z' = z + u - lr λ y            u: whatever the base optimizer does to z
+    x' = (1 - c_k) x + c_k z'
+    y' = (1 - β) z' + β x'
+
+References:
+  Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sf_torch import _averaging, _checks, _kernels
+from sf_torch._averaging import Group
+from sf_torch._forms import Reference
+from sf_torch._kernels import Tensors
+from sf_torch._leaves import Leaves, is_master
+from sf_torch._optimizer import ScheduleFree, bookkeeping, restore_dtypes, wide
+
+OURS = ("z", "x", "y")  # of a parameter's state; the rest is the base's
+MOVED = "moved_z"  # z', while a step is under way
+
+
+class ScheduleFreeWrapper(ScheduleFree):
+    """Schedule-Free over any optimizer of ``torch.optim``.
+
+    Args:
+      base: the optimizer that moves z, built over the model's parameters. It should
+        have no momentum of its own: β takes that part. Its learning rate weighs the
+        average, times the ``d`` of a group that has one (Prodigy, D-Adaptation).
+        Its weight decay acts at z.
+      weight_decay_at_y: λ, decoupled and times the learning rate, at y.
+      momentum: β, the weight of x in y, in [0, 1].
+      weight_lr_power: steps are weighed by the largest learning rate so far to this
+        power.
+      r: and by ``(k + 1) ** r``.
+      store_x: keep x in the state.
+      state_dtype: dtype of z and of the base's state. By default that of each
+        parameter, float32 for those narrower than it.
+
+    The groups are the base's own, so a learning rate set in one is set in both.
+    ``state_dict()`` holds z beside the base's state of each parameter.
+
+    Raises:
+      TypeError: a base that is not a torch optimizer.
+      ValueError: momentum outside [0, 1] or a negative decay.
+
+    Examples:
+      >>> import torch, sf_torch
+      >>> w = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
+      >>> base = torch.optim.RMSprop([w], lr=0.05)
+      >>> optimizer = sf_torch.ScheduleFreeWrapper(base, momentum=0.9)
+      >>> optimizer.train()
+      >>> for _ in range(400):
+      ...     optimizer.zero_grad()
+      ...     w.square().sum().backward()
+      ...     optimizer.step()
+      >>> bool(optimizer.eval_params()[0].norm() < 0.2)
+      True
+
+    References:
+      Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
+    """
+
+    def __init__(
+        self,
+        base: torch.optim.Optimizer,
+        weight_decay_at_y: float = 0.0,
+        momentum: float = 0.9,
+        weight_lr_power: float = 2.0,
+        r: float = 0.0,
+        *,
+        store_x: bool = False,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        if not isinstance(base, torch.optim.Optimizer):
+            raise TypeError(
+                f"base must be a torch optimizer, got {type(base).__name__}. Build it "
+                "first: ScheduleFreeWrapper(torch.optim.SGD(params, lr=0.1))."
+            )
+        _checks.non_negative("weight_decay_at_y", weight_decay_at_y)
+        _checks.interpolation("momentum", momentum)
+        _checks.state_dtype("state_dtype", state_dtype)
+        self.weight_decay_at_y = weight_decay_at_y
+        self.momentum = momentum
+        self.weight_lr_power = weight_lr_power
+        self.r = r
+        self.base = base
+        super().__init__(base.param_groups, bookkeeping(store_x, state_dtype))
+        self.param_groups = base.param_groups
+
+    def _beta(self, group: Group) -> float:
+        return self.momentum
+
+    def _step_size(self, group: Group) -> float:
+        return group["scheduled_lr"]
+
+    def _weight(self, group: Group, lr: float) -> float:
+        return _averaging.polynomial_weight(group, lr, self.r, self.weight_lr_power)
+
+    def _move_z(self, group: Group, leaves: Leaves, lr: float) -> Tensors:
+        zs = leaves.moments[MOVED]
+        if not self.weight_decay_at_y:
+            return zs
+        return torch._foreach_add(zs, leaves.ys, alpha=-lr * self.weight_decay_at_y)
+
+    def _advance(self, loss: Any, closure: Callable[[], Any] | None) -> None:
+        counts = []
+        for group in self.param_groups:
+            # Before the base changes them: its step is taken with these.
+            group["scheduled_lr"] = float(group["lr"]) * group.get("d", 1.0)
+            counts.append(group["k"])
+        moved = self._moved_by_base(loss, closure)
+        try:
+            for group, k in zip(self.param_groups, counts, strict=True):
+                group["k"] = k
+                for p in group["params"]:
+                    if p in moved:
+                        self.state[p][MOVED] = moved[p]
+                self._step_group(group)
+        finally:
+            for p in moved:
+                self.state[p].pop(MOVED, None)
+
+    def _moved_by_base(
+        self, loss: Any, closure: Callable[[], Any] | None
+    ) -> dict[Tensor, Tensor]:
+        """z' of each parameter: the base takes its step on a copy of z in its place."""
+        moving = [
+            (p, group, self._state_of(p, group))
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
+        live = {p: p.data for p, _, _ in moving}
+        for p, _, state in moving:
+            if is_master(state["z"], p):
+                _widen_state(self.base.state[p], state["z"])
+        calls = 0
+
+        def closure_at_y() -> Any:
+            # The base's first look is at the y of this step, which has been evaluated.
+            # One that looks further (LBFGS) does so from z; gradients belong to its y.
+            nonlocal calls
+            calls += 1
+            if calls == 1 or closure is None:
+                return loss
+            at = {p: p.data for p in live}
+            for p, group, _ in moving:
+                pair = wide(xs[p], at[p])
+                y = _kernels.interpolate_y(*pair, group["b1"])[0]
+                _hold(p, y.to(live[p].dtype))
+            with torch.enable_grad():
+                value = closure()
+            for p, z in at.items():
+                _hold(p, z)
+            return value
+
+        xs = {}
+        if closure is not None:
+            xs = {p: self._x(p, group) for p, group, _ in moving}
+        try:
+            for p, _, state in moving:
+                _hold(p, state["z"].clone())
+            self.base.step(closure_at_y if closure is not None else None)
+            return {p: p.data for p in live}
+        finally:
+            for p, value in live.items():
+                _hold(p, value)
+
+    # State: ours in self.state, the base's in self.base.state, one dict when saved
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Adds a group to the base too, in the mode of those that are there."""
+        if self.param_groups is self.base.param_groups:
+            self.base.add_param_group(param_group)
+            # What the base has appended is entered below.
+            param_group = self.base.param_groups.pop()
+        super().add_param_group(param_group)
+
+    def _check_group(self, group: Group) -> None:
+        """The options are the base's to check."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.base.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """z beside the base's state of each parameter, and the shared groups."""
+        ours, base = super().state_dict(), self.base.state_dict()
+        indices = ours["state"].keys() | base["state"].keys()
+        ours["state"] = {
+            index: {**base["state"].get(index, {}), **ours["state"].get(index, {})}
+            for index in sorted(indices)
+        }
+        return ours
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Loads a state dict of this optimizer or of ``schedulefree``'s wrapper.
+
+        Raises:
+          ValueError: groups or shapes that do not fit; nothing has changed then.
+        """
+        ours: dict[int, Any] = {}
+        bases: dict[int, Any] = {}
+        for index, state in state_dict["state"].items():
+            ours[index] = {key: state[key] for key in OURS if key in state}
+            bases[index] = {k: state[k] for k in state if k not in OURS}
+        super().load_state_dict({**state_dict, "state": ours})
+        groups = self.param_groups
+        bases = {index: state for index, state in bases.items() if state}
+        self.base.load_state_dict({**state_dict, "state": bases})
+        restore_dtypes(self.base, {**state_dict, "state": bases})
+        for shared, group in zip(self.base.param_groups, groups, strict=True):
+            shared.update({k: group[k] for k in group if k != "params"})
+        self.param_groups = self.base.param_groups
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("base", "momentum", "weight_decay_at_y", "weight_lr_power", "r")
+        return super().__getstate__() | {name: getattr(self, name) for name in names}
+
+
+class ScheduleFreeWrapperReference(Reference, ScheduleFreeWrapper):
+    """:class:`ScheduleFreeWrapper` with x, y and z all stored."""
+
+    def __init__(
+        self,
+        base: torch.optim.Optimizer,
+        momentum: float = 0.9,
+        weight_decay_at_y: float = 0.0,
+        r: float = 0.0,
+        weight_lr_power: float = 2.0,
+        **options: Any,
+    ) -> None:
+        # The order of the arguments is that of Meta's class of this name.
+        super().__init__(
+            base, weight_decay_at_y, momentum, weight_lr_power, r, **options
+        )
+
+
+def _hold(p: Tensor, value: Tensor) -> None:
+    """Lets the parameter be value, of whatever dtype, and its gradient with it."""
+    if p.dtype == value.dtype:
+        p.data = value
+        return
+    grad, p.grad = p.grad, None
+    p.data = value
+    p.grad = None if grad is None else grad.to(value.dtype)
+
+
+def _widen_state(state: dict[str, Any], z: Tensor) -> None:
+    """What the base made when it was built has the parameter's dtype, not z's."""
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == z.shape and value.dim():
+            state[key] = value.to(z.dtype)
