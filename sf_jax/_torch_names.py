@@ -14,6 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
+NAME_THEM = (
+    "Name the leaves with rows of torch_checkpoint.Leaf: "
+    "names=guess_names(model, params, batch_stats, known=[Leaf(...), ...])."
+)
 Shape = tuple[int, ...]
 Signature = frozenset[tuple[str, Shape]]
 
@@ -173,7 +177,7 @@ def guess_names(
     rows, ambiguous = _guess(theirs, ours, list(known))
     problems = [f"ambiguous, of the same shapes: {names}" for names in ambiguous]
     settled = {name for names in ambiguous for name in names.split(", ")}
-    raise_all(problems + check_names(rows, theirs, ours, settled))
+    raise_all(problems + check_names(rows, theirs, ours, settled), NAME_THEM)
     return rows
 
 
@@ -211,13 +215,12 @@ def check_names(
     return problems
 
 
-def raise_all(problems: Sequence[str]) -> None:
+def raise_all(problems: Sequence[str], advice: str) -> None:
     if problems:
         raise ValueError(
             "the PyTorch state and the JAX trees do not fit each other:\n  "
             + "\n  ".join(problems)
-            + "\nName the leaves with rows of torch_checkpoint.Leaf: "
-            "names=guess_names(model, params, batch_stats, known=[Leaf(...), ...])."
+            + f"\n{advice}"
         )
 
 

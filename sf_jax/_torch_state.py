@@ -121,7 +121,8 @@ def read_parameters(
                 "the state dict does not say whether the parameters are y or x: pass "
                 "model_holds="
             )
-    if optimizer["state"] and not any("z" in p.state for p in parameters.values()):
+    started = any(optimizer["state"].values())
+    if started and not any("z" in p.state for p in parameters.values()):
         problems.append("no z in the optimizer's state: it is no Schedule-Free one")
     return parameters
 

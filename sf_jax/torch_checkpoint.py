@@ -28,6 +28,7 @@ import numpy as np
 from sf_jax._double import scalar_dtype
 from sf_jax._schedule_free import ScheduleFreeState
 from sf_jax._torch_names import (
+    NAME_THEM,
     Leaf,
     Shape,
     check_names,
@@ -52,6 +53,7 @@ from sf_jax._torch_state import (
 
 __all__ = ["JaxRun", "Leaf", "from_torch", "guess_names", "to_torch"]
 
+BUILD_ALIKE = "Build both optimizers with the same options, over the same parameters."
 # What a moment is called in optax's states and in PyTorch's.
 _MOMENTS = {"nu": "exp_avg_sq", "mu": "exp_avg", "trace": "momentum_buffer"}
 
@@ -130,7 +132,7 @@ def from_torch(
     row_of = {row.jax: row for row in _rows(names, model, params, batch_stats)}
     problems: list[str] = []
     parameters = read_parameters(model, optimizer, param_names, model_holds, problems)
-    raise_all(problems)
+    raise_all(problems, BUILD_ALIKE)
     y_of: dict[str, np.ndarray] = {}
     used: set[tuple[str, str]] = set()
 
@@ -141,12 +143,7 @@ def from_torch(
         scalars = common_scalars(list(owned.values()), problems)
         if scalars is None:
             return state
-        b1 = float(jax.tree.leaves(state.b1)[0])
-        if scalars.b1 is not None and abs(scalars.b1 - b1) > 1e-6:
-            problems.append(
-                f"β is {scalars.b1:g} in PyTorch and {b1:g} in opt_state. It formed y: "
-                "build tx with the former"
-            )
+        b1 = _b1(state, scalars, problems)
 
         def fill_leaf(key: str, path: str, like: Any) -> Any:
             if path not in owned:
@@ -202,7 +199,7 @@ def from_torch(
         for key in parameter.state
         if (parameter.name, key) not in used and (key == "z" or key not in IMPLIED)
     ]
-    raise_all(problems)
+    raise_all(problems, BUILD_ALIKE)
     return JaxRun(
         params=jax.tree.map_with_path(fill_model, params),
         opt_state=opt_state,
@@ -291,7 +288,8 @@ def to_torch(
                 for key, array in arrays.items()
             }
             if at_x:
-                values[row.jax] = _x(values[row.jax], arrays, owner)
+                b1 = _b1(owner, Scalars.of(group), problems)
+                values[row.jax] = _x(values[row.jax], arrays, b1)
         scalars = [_group_scalars(owner, group, problems) for owner in owners.values()]
         if any(other != scalars[0] for other in scalars):
             problems.append(f"one PyTorch group for states that differ: {scalars}")
@@ -301,7 +299,7 @@ def to_torch(
             new_group["train_mode"] = not at_x
         groups.append(new_group)
     problems += [f"left over: z of {path}" for path in states if path not in moved]
-    raise_all(problems)
+    raise_all(problems, BUILD_ALIKE)
 
     def tensor(name: str) -> Any:
         row = row_of.get(first.get(name))
@@ -323,7 +321,7 @@ def _rows(
     if names is None:
         return guess_names(model, params, stats)
     ours = shapes_of(params) | shapes_of(stats)
-    raise_all(check_names(names, torch_shapes(model), ours))
+    raise_all(check_names(names, torch_shapes(model), ours), NAME_THEM)
     return names
 
 
@@ -404,8 +402,20 @@ def _field(path: Sequence[Any], leaves: Mapping[str, Any]) -> tuple[str | None, 
     return ("count" if "count" in fields else None), ""
 
 
-def _x(y: Any, arrays: Mapping[str, Any], state: ScheduleFreeState) -> np.ndarray:
+def _b1(state: ScheduleFreeState, scalars: Scalars, problems: list[str]) -> float:
+    """β, with a double's digits where PyTorch tells it."""
     b1 = float(jax.tree.leaves(state.b1)[0])
+    if scalars.b1 is None:
+        return b1
+    if abs(scalars.b1 - b1) > 1e-6:
+        problems.append(
+            f"different: β is {scalars.b1:g} in PyTorch and {b1:g} in JAX, and it "
+            "formed y"
+        )
+    return scalars.b1
+
+
+def _x(y: Any, arrays: Mapping[str, Any], b1: float) -> np.ndarray:
     if "x" in arrays:
         return np.asarray(arrays["x"])
     y, z = wide(np.asarray(y)), wide(np.asarray(arrays["z"]))
@@ -415,25 +425,14 @@ def _x(y: Any, arrays: Mapping[str, Any], state: ScheduleFreeState) -> np.ndarra
 def _group_scalars(
     state: ScheduleFreeState, group: Mapping[str, Any], problems: list[str]
 ) -> dict[str, float]:
-    hi, lo, lr_max, k, b1 = (
+    hi, lo, lr_max, k = (
         jax.tree.leaves(field)[0].item()
-        for field in (
-            state.weight_sum,
-            state.weight_sum_lo,
-            state.lr_max,
-            state.count,
-            state.b1,
-        )
+        for field in (state.weight_sum, state.weight_sum_lo, state.lr_max, state.count)
     )
     # float32 is all that JAX keeps of it; the group may know the number itself.
     if (lr := group.get("lr")) is not None and np.float32(lr) == np.float32(lr_max):
         lr_max = float(lr)
-    known = Scalars.of(group).b1
-    if known is not None and abs(known - b1) > 1e-6:
-        problems.append(
-            f"β is {b1:g} in JAX and {known:g} in the PyTorch optimizer. It formed y: "
-            "build the optimizer with the former"
-        )
+    _b1(state, Scalars.of(group), problems)
     return {"k": k, "weight_sum": hi + lo, "lr_max": lr_max}
 
 
