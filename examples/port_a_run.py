@@ -108,7 +108,7 @@ def write_figure(path: Path, before: int, own: list[float], fed: list[float]) ->
         ):
             # Zero has no place on a log scale.
             ax.plot(steps, np.maximum(distances, 0.1), color=colour, label=label)
-        ax.axhline(LIMIT_ULPS, color="#b4232a", lw=1, ls=(0, (2, 2)))
+        ax.axhline(LIMIT_ULPS, color="#b4232a", lw=1, ls=(0, (2, 2)), label="limit")
         ax.set_yscale("log")
         ax.set(
             title="One run in Flax and in PyTorch, after the move",
