@@ -62,6 +62,7 @@ class Recorder:
         self.step = 0
         self._names = _names(optimizer, model)
         self._grads: dict[str, Tensor] = {}
+        self._stepping = False
         self._file: IO[bytes] | None = None
         self._undo: list[Callable[[], None]] = []
 
@@ -124,6 +125,7 @@ class Recorder:
         self._undo.append(lambda: optimizer.__dict__.pop("step", None))
 
     def _before(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
+        self._stepping = True
         # Now, since a step may change the gradients in place, as Meta's AdamW does.
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
@@ -148,6 +150,9 @@ class Recorder:
         }
 
     def _after(self) -> None:
+        if not self._stepping:  # a subclass's step around this one
+            return
+        self._stepping = False
         self.step += 1
         due = self.step % self.every == 0
         self._write("step", {}, self._grads | (self._iterates() if due else {}))
@@ -176,10 +181,12 @@ class Recorder:
         return tensors
 
     def _state(self) -> dict[str, Tensor]:
+        # As saved: the wrapper's own state is only there beside its base's.
+        saved = self.optimizer.state_dict()["state"]
         return {
             f"state.{key}.{name}": _copy(value)
-            for name, p in self._parameters()
-            for key, value in (self.optimizer.state.get(p) or {}).items()
+            for index, (name, p) in enumerate(self._parameters())
+            for key, value in saved.get(index, {}).items()
             if isinstance(value, Tensor) and value.shape == p.shape
         }
 
@@ -193,10 +200,18 @@ class Recorder:
             {
                 **{k: _plain(v) for k, v in group.items() if k != "param_names"},
                 "b1": _beta(self.optimizer, group),
+                "z_dtype": self._z_dtype(group),
                 "params": [self._names[p] for p in group["params"]],
             }
             for group in self.optimizer.param_groups
         ]
+
+    def _z_dtype(self, group: Mapping[str, Any]) -> str | None:
+        """What the state is kept in; None before the first step."""
+        for p in group["params"]:
+            if "z" in (state := self.optimizer.state.get(p) or {}):
+                return str(state["z"].dtype).removeprefix("torch.")
+        return None
 
     def _write(
         self, kind: str, info: Mapping[str, Any], tensors: dict[str, Tensor]
