@@ -9,7 +9,6 @@ References:
   Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
 """
 
-import math
 from typing import Any
 
 import torch
@@ -46,6 +45,9 @@ class AdamWScheduleFree(ScheduleFree):
       store_x: keep x in the state.
       state_dtype: dtype of the state. By default that of each parameter, float32 for
         those narrower than it.
+      fused: one kernel for the whole step (CUDA, with Triton); None where it works.
+      capturable: counters on the device, for CUDA graphs; needs ``fused``. An ``lr``
+        that is to change between replays must be a tensor there.
 
     Raises:
       ValueError: an argument out of its range.
@@ -84,6 +86,8 @@ class AdamWScheduleFree(ScheduleFree):
         decay_at: str = "y",
         store_x: bool = False,
         state_dtype: torch.dtype | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
     ) -> None:
         options = {
             "lr": lr,
@@ -97,7 +101,9 @@ class AdamWScheduleFree(ScheduleFree):
             "inner_momentum": inner_momentum,
             "decay_at": decay_at,
         }
-        super().__init__(params, options | bookkeeping(store_x, state_dtype))
+        super().__init__(
+            params, options | bookkeeping(store_x, state_dtype, fused, capturable)
+        )
 
     def _moments(self, group: Group) -> tuple[str, ...]:
         return ("exp_avg_sq", "exp_avg") if group["inner_momentum"] else ("exp_avg_sq",)
@@ -141,7 +147,7 @@ class AdamWScheduleFreePaper(AdamWScheduleFree):
 
     def _step_size(self, group: Group) -> float:
         correction = one_minus_power(group["betas"][1], group["k"])
-        return super()._step_size(group) * math.sqrt(correction)
+        return super()._step_size(group) * correction**0.5
 
     def _base_step(self, group: Group, lr: float) -> BaseStep:
         return super()._base_step(group, lr)._replace(correction=1.0)

@@ -7,44 +7,90 @@
     c_k    = w_k / W_k, and 0 while W_k = 0
 
 k counts the steps taken, 0 at the first; base step and average share it. All of it
-lives in the parameter group as Python numbers, whatever the parameters' dtype.
+lives in the parameter group as Python numbers, whatever the parameters' dtype, or
+with ``capturable`` as float64 tensors on the device: the functions take either.
 
 References:
   Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
+  Liu et al., *On the Variance of the Adaptive Learning Rate and Beyond*,
+    https://arxiv.org/abs/1908.03265 (the rectification)
 """
 
 import math
 from typing import Any
 
+import torch
+from torch import Tensor
+
 Group = dict[str, Any]
+COUNTERS = ("k", "weight_sum", "lr_max", "scheduled_lr")
 
 
-def warmed_up(lr: float, k: int, warmup_steps: int) -> float:
+def to_device(group: Group, device: torch.device) -> None:
+    """The counters as tensors, so that a CUDA graph can move them by itself."""
+    for key in (*COUNTERS, "lr"):
+        if not isinstance(group[key], Tensor) or group[key].device != device:
+            group[key] = torch.as_tensor(group[key], dtype=torch.float64).to(device)
+
+
+def set_counter(group: Group, key: str, value: Any) -> None:
+    if isinstance(group[key], Tensor):
+        group[key].copy_(value)
+    else:
+        group[key] = value
+
+
+def number(value: Any, keep_tensor: bool) -> Any:
+    """A learning rate or the like as a Python number, but for ``capturable``."""
+    return value if keep_tensor else float(value)
+
+
+def warmed_up(lr: Any, k: Any, warmup_steps: int) -> Any:
     """The step size of step k under linear warmup."""
-    return lr * (k + 1) / warmup_steps if k + 1 < warmup_steps else lr
+    return lr * _min((k + 1) / warmup_steps, 1.0) if warmup_steps else lr
 
 
-def polynomial_weight(
-    group: Group, lr: float, r: float, weight_lr_power: float
-) -> float:
+def polynomial_weight(group: Group, lr: Any, r: float, weight_lr_power: float) -> Any:
     """Enters step k's weight into the group's sum; returns c_k."""
-    lr_max = group["lr_max"] = max(lr, group["lr_max"])
+    lr_max = _max(lr, group["lr_max"])
     weight = (group["k"] + 1) ** r * lr_max**weight_lr_power
-    weight_sum = group["weight_sum"] = group["weight_sum"] + weight
-    return weight / weight_sum if weight_sum > 0 else 0.0
+    weight_sum = group["weight_sum"] + weight
+    set_counter(group, "lr_max", lr_max)
+    set_counter(group, "weight_sum", weight_sum)
+    # Dividing by 1 where the sum is 0: then the weight is 0 as well.
+    return weight / where(weight_sum > 0, weight_sum, 1.0)
 
 
-def one_minus_power(b: float, k: int) -> float:
+def one_minus_power(b: float, k: Any) -> Any:
     """``1 - b^(k + 1)``, the bias correction, without cancellation."""
-    return -math.expm1((k + 1) * math.log(b)) if b > 0 else 1.0
+    return -_expm1((k + 1) * math.log(b)) if b > 0 else 1.0
 
 
-def rectification(b2: float, k: int) -> float | None:
-    """RAdam's factor on the step size; None while v stands for too few gradients."""
+def rectification(b2: float, k: Any) -> tuple[Any, Any]:
+    """Whether RAdam's step k is rectified, and the factor on its step size if it is."""
     t = k + 1
     rho_inf = 2 / (1 - b2) - 1
     rho = rho_inf - 2 * t * b2**t / one_minus_power(b2, k)
-    if rho <= 4:
-        return None
-    numerator = (rho - 4) * (rho - 2) * rho_inf
-    return math.sqrt(numerator / ((rho_inf - 4) * (rho_inf - 2) * rho))
+    known = _max(rho, 4.0)  # below 4 the factor is not defined
+    numerator = (known - 4) * (known - 2) * rho_inf
+    squared = numerator / ((rho_inf - 4) * (rho_inf - 2) * known)
+    return rho > 4, squared**0.5
+
+
+def where(condition: Any, a: Any, b: Any) -> Any:
+    """a or b, by a bool or a tensor of one."""
+    if isinstance(condition, Tensor):
+        return torch.where(condition, a, b)
+    return a if condition else b
+
+
+def _min(a: Any, b: Any) -> Any:
+    return torch.clamp(a, max=b) if isinstance(a, Tensor) else min(a, b)
+
+
+def _max(a: Any, b: Any) -> Any:
+    return torch.clamp(a, min=b) if isinstance(a, Tensor) else max(a, b)
+
+
+def _expm1(a: Any) -> Any:
+    return torch.expm1(a) if isinstance(a, Tensor) else math.expm1(a)

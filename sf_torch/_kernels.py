@@ -71,11 +71,16 @@ def move_y(ys: Tensors, zs: Tensors, new_zs: Tensors, scalars: Scalars) -> None:
     Through z' - z as z' was rounded, and not through u, its equal on paper: else the
     rounding of z would part y from z for good.
     """
+    to_z, to_step = lean_coefficients(scalars)
+    torch._foreach_lerp_(ys, zs, to_z)
+    torch._foreach_add_(ys, torch._foreach_sub(new_zs, zs), alpha=to_step)
+
+
+def lean_coefficients(scalars: Scalars) -> tuple[float, float]:
+    """Of (z - y) and of (z' - z)."""
     _, ckp1, b1, next_b1 = scalars
     turn = (b1 - next_b1) / b1 if b1 != next_b1 else 0.0
-    torch._foreach_lerp_(ys, zs, ckp1 + turn * (1 - ckp1))
-    steps = torch._foreach_sub(new_zs, zs)
-    torch._foreach_add_(ys, steps, alpha=1 - next_b1 * (1 - ckp1))
+    return ckp1 + turn * (1 - ckp1), 1 - next_b1 * (1 - ckp1)
 
 
 def move_x(xs: Tensors, new_zs: Tensors, ckp1: float) -> None:

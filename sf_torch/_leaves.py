@@ -7,7 +7,7 @@ large kernels. Arithmetic is done in the widest dtype of parameter and state, at
 float32, on copies where a tensor is narrower than that.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,7 +144,7 @@ def _slices(leaf: Leaf) -> Iterator[Leaf]:
         yield leaf
         return
     tensors = [leaf.param, leaf.grad, *leaf.state.values()]
-    if not all(t.is_contiguous() for t in tensors) and not _same_dense(tensors):
+    if not same_layout(tensors):
         yield leaf
         return
     flat = [t.as_strided((t.numel(),), (1,)) for t in tensors]
@@ -152,12 +152,13 @@ def _slices(leaf: Leaf) -> Iterator[Leaf]:
         yield Leaf(param, grad, dict(zip(leaf.state, states, strict=True)))
 
 
-def _same_dense(tensors: list[Tensor]) -> bool:
-    """Whether all fill their memory in one and the same order, as in channels_last."""
-    strides = tensors[0].stride()
-    sizes = sorted(zip(strides, tensors[0].shape, strict=True))
+def same_layout(tensors: Sequence[Tensor]) -> bool:
+    """Whether all fill their memory without gaps, in one and the same order."""
+    if all(t.is_contiguous() for t in tensors):
+        return True
+    shape, strides = tensors[0].shape, tensors[0].stride()
     expected = 1
-    for stride, size in sizes:
+    for stride, size in sorted(zip(strides, shape, strict=True)):
         if size > 1 and stride != expected:
             return False
         expected *= size

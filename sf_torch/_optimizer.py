@@ -21,8 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sf_torch import _averaging, _checks, _kernels
-from sf_torch._averaging import Group
+from sf_torch import _checks, _fused, _kernels
+from sf_torch._averaging import (
+    Group,
+    number,
+    polynomial_weight,
+    set_counter,
+    to_device,
+    warmed_up,
+)
 from sf_torch._kernels import BaseStep, Scalars, Tensors
 from sf_torch._leaves import Leaf, Leaves, gather, is_master, local
 
@@ -38,15 +45,12 @@ class ScheduleFree(torch.optim.Optimizer):
 
     def _step_size(self, group: Group) -> float:
         """``lr_k``, which the base step and the averaging weight both see."""
-        return _averaging.warmed_up(
-            float(group["lr"]), group["k"], group.get("warmup_steps", 0)
-        )
+        lr = number(group["lr"], keep_tensor=self._captures(group))
+        return warmed_up(lr, group["k"], group.get("warmup_steps", 0))
 
     def _weight(self, group: Group, lr: float) -> float:
         """``c_k``: how much of z' enters x."""
-        return _averaging.polynomial_weight(
-            group, lr, group["r"], group["weight_lr_power"]
-        )
+        return polynomial_weight(group, lr, group["r"], group["weight_lr_power"])
 
     def _moments(self, group: Group) -> tuple[str, ...]:
         """Keys of the arrays that the base step keeps for each parameter."""
@@ -163,10 +167,13 @@ class ScheduleFree(torch.optim.Optimizer):
             wanted = dtype if value.is_complex() else dtype.to_real()
             if value.dtype != wanted:
                 state[key] = value.to(wanted)
-        if "z" not in state:
+        begins = "z" not in state
+        if begins:
             state["z"] = p.detach().to(dtype, copy=True)
         if "x" not in state and (self._stores_x(group) or is_master(state["z"], p)):
-            state["x"] = self._x(p, group).detach().to(dtype, copy=True)
+            # x, y and z begin as one.
+            x = p if begins else self._x(p, group)
+            state["x"] = x.detach().to(dtype, copy=True)
         for key in self._moments(group):
             if key not in state:
                 # Moments start at zero; that of |g|² is real.
@@ -198,6 +205,7 @@ class ScheduleFree(torch.optim.Optimizer):
 
     def _check_group(self, group: Group) -> None:
         _checks.options(group)
+        _fused.check(group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -271,32 +279,45 @@ class ScheduleFree(torch.optim.Optimizer):
             self._step_group(group)
 
     def _step_group(self, group: Group) -> None:
+        leaves = [self._leaf(p, group) for p in group["params"] if p.grad is not None]
+        fuses = self._fuses(group)
+        fused = [leaf for leaf in leaves if fuses and _fused.takes(leaf)]
+        others = [leaf for leaf in leaves if not (fuses and _fused.takes(leaf))]
+        if self._captures(group):
+            _fused.refuse_others(others)
+            to_device(group, group["params"][0].device)
         scalars = self._scalars(group)
-        for leaves in self._gather(group):
-            leaves.advance(self._move_z(group, leaves, scalars.lr), scalars)
-        self._end_step(group, scalars)
-
-    def _scalars(self, group: Group) -> Scalars:
-        lr = group["scheduled_lr"] = self._step_size(group)
-        ckp1 = self._weight(group, lr)
-        return Scalars(lr, ckp1, group["b1"], self._beta(group))
-
-    def _gather(self, group: Group) -> Iterator[Leaves]:
-        params = [p for p in group["params"] if p.grad is not None]
+        if fused:
+            base = self._base_step(group, scalars.lr)
+            _fused.step(fused, base, scalars, self.__dict__.setdefault("_kept", {}))
         together = group.get("foreach")
         if together is None:
-            together = all(p.device.type != "cpu" for p in params)
-        leaves = []
-        for p in params:
-            state = self._state_of(p, group)
-            leaves.append(
-                Leaf(
-                    local(p.detach()),
-                    local(p.grad),
-                    {key: local(value) for key, value in state.items()},
-                )
+            together = any(leaf.param.device.type != "cpu" for leaf in others)
+        for batch in gather(others, group["b1"], together):
+            batch.advance(self._move_z(group, batch, scalars.lr), scalars)
+        self._end_step(group, scalars)
+
+    def _leaf(self, p: Tensor, group: Group) -> Leaf:
+        state = {k: local(value) for k, value in self._state_of(p, group).items()}
+        assert p.grad is not None
+        return Leaf(local(p.detach()), local(p.grad), state)
+
+    def _fuses(self, group: Group) -> bool:
+        if group["fused"] is None:
+            # Triton's interpreter is for tests, which ask for it.
+            return not group["foreach"] and all(
+                p.is_cuda and _fused.works_on(p.device) for p in group["params"]
             )
-        return gather(leaves, group["b1"], together)
+        return group["fused"]
+
+    def _captures(self, group: Group) -> bool:
+        return group["capturable"]
+
+    def _scalars(self, group: Group) -> Scalars:
+        lr = self._step_size(group)
+        set_counter(group, "scheduled_lr", lr)
+        ckp1 = self._weight(group, lr)
+        return Scalars(lr, ckp1, group["b1"], self._beta(group))
 
     def _end_step(self, group: Group, scalars: Scalars) -> None:
         if scalars.next_b1 != scalars.b1:
@@ -310,7 +331,7 @@ class ScheduleFree(torch.optim.Optimizer):
                     if kept is not None:
                         kept.copy_(y)
             group["b1"] = scalars.next_b1
-        group["k"] += 1
+        set_counter(group, "k", group["k"] + 1)
 
 
 def saved_states(
@@ -343,7 +364,12 @@ def wide(a: Tensor, z: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     return [a.to(dtype)], [z.to(dtype)]
 
 
-def bookkeeping(store_x: bool, state_dtype: torch.dtype | None) -> Group:
+def bookkeeping(
+    store_x: bool,
+    state_dtype: torch.dtype | None,
+    fused: bool | None = None,
+    capturable: bool = False,
+) -> Group:
     """The entries of a group that are not options of the algorithm."""
     return {
         "k": 0,
@@ -353,4 +379,6 @@ def bookkeeping(store_x: bool, state_dtype: torch.dtype | None) -> Group:
         "train_mode": False,
         "store_x": store_x,
         "state_dtype": state_dtype,
+        "fused": fused,
+        "capturable": capturable,
     }

@@ -9,7 +9,7 @@ References:
 import torch
 from torch.optim.optimizer import ParamsT
 
-from sf_torch._averaging import Group, one_minus_power, rectification
+from sf_torch._averaging import Group, number, one_minus_power, rectification, where
 from sf_torch._forms import Closure, Reference
 from sf_torch._kernels import BaseStep
 from sf_torch._optimizer import ScheduleFree, bookkeeping
@@ -39,6 +39,9 @@ class RAdamScheduleFree(ScheduleFree):
       store_x: keep x in the state.
       state_dtype: dtype of the state. By default that of each parameter, float32 for
         those narrower than it.
+      fused: one kernel for the whole step (CUDA, with Triton); None where it works.
+      capturable: counters on the device, for CUDA graphs; needs ``fused``. An ``lr``
+        that is to change between replays must be a tensor there.
 
     Raises:
       ValueError: an argument out of its range.
@@ -73,6 +76,8 @@ class RAdamScheduleFree(ScheduleFree):
         *,
         store_x: bool = False,
         state_dtype: torch.dtype | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
     ) -> None:
         options = {
             "lr": lr,
@@ -84,16 +89,18 @@ class RAdamScheduleFree(ScheduleFree):
             "foreach": foreach,
             "silent_sgd_phase": silent_sgd_phase,
         }
-        super().__init__(params, options | bookkeeping(store_x, state_dtype))
+        super().__init__(
+            params, options | bookkeeping(store_x, state_dtype, fused, capturable)
+        )
 
     def _moments(self, group: Group) -> tuple[str, ...]:
         return ("exp_avg_sq",)
 
     def _step_size(self, group: Group) -> float:
-        factor = rectification(group["betas"][1], group["k"])
-        if factor is None:
-            factor = 0.0 if group["silent_sgd_phase"] else 1.0
-        return float(group["lr"]) * factor
+        rectified, factor = rectification(group["betas"][1], group["k"])
+        sgd = 0.0 if group["silent_sgd_phase"] else 1.0
+        lr = number(group["lr"], keep_tensor=self._captures(group))
+        return lr * where(rectified, factor, sgd)
 
     def _base_step(self, group: Group, lr: float) -> BaseStep:
         b2, k = group["betas"][1], group["k"]
@@ -104,7 +111,7 @@ class RAdamScheduleFree(ScheduleFree):
             b2=b2,
             correction=one_minus_power(b2, k),
             eps=group["eps"],
-            divides=rectification(b2, k) is not None,
+            divides=rectification(b2, k)[0],
         )
 
 

@@ -35,6 +35,9 @@ class SGDScheduleFree(ScheduleFree):
       store_x: keep x in the state.
       state_dtype: dtype of the state. By default that of each parameter, float32 for
         those narrower than it.
+      fused: one kernel for the whole step (CUDA, with Triton); None where it works.
+      capturable: counters on the device, for CUDA graphs; needs ``fused``. An ``lr``
+        that is to change between replays must be a tensor there.
 
     Raises:
       ValueError: an argument out of its range.
@@ -71,6 +74,8 @@ class SGDScheduleFree(ScheduleFree):
         decay_at: str = "y",
         store_x: bool = False,
         state_dtype: torch.dtype | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
     ) -> None:
         options = {
             "lr": lr,
@@ -82,7 +87,9 @@ class SGDScheduleFree(ScheduleFree):
             "foreach": foreach,
             "decay_at": decay_at,
         }
-        super().__init__(params, options | bookkeeping(store_x, state_dtype))
+        super().__init__(
+            params, options | bookkeeping(store_x, state_dtype, fused, capturable)
+        )
 
     def _beta(self, group: Group) -> float:
         return group["momentum"]

@@ -102,6 +102,12 @@ class ScheduleFreeWrapper(ScheduleFree):
     def _weight(self, group: Group, lr: float) -> float:
         return _averaging.polynomial_weight(group, lr, self.r, self.weight_lr_power)
 
+    def _fuses(self, group: Group) -> bool:
+        return False  # these two options, where a group has them, are the base's
+
+    def _captures(self, group: Group) -> bool:
+        return False
+
     def _move_z(self, group: Group, leaves: Leaves, lr: float) -> Tensors:
         zs = leaves.moments[MOVED]
         if not self.weight_decay_at_y:
