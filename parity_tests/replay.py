@@ -9,6 +9,7 @@ brings it back to the recorded run is the likely reason.
 """
 
 import dataclasses
+import functools
 import os
 from typing import Any
 
@@ -180,67 +181,73 @@ def _resume(optimizer: reference.ScheduleFree, run: Run) -> None:
                 )
 
 
+@functools.lru_cache(maxsize=16)
+def _jax_step(groups: tuple[Group, ...]) -> tuple[Any, Any]:
+    """The transformation, and a jitted step that also gives y and x in full."""
+
+    def build(group: Group) -> Any:
+        return OPTIMIZERS[group.optimizer].jax(group.options, False)
+
+    tx = optax.with_extra_args_support(build(groups[0]))
+    if len(groups) > 1:
+        labels = {name: str(i) for i, g in enumerate(groups) for name in g.names}
+        tx = optax.partition({str(i): build(g) for i, g in enumerate(groups)}, labels)
+
+    def step(params: Any, state: Any, grads: Any) -> tuple[Any, ...]:
+        filled = {n: grads.get(n, jnp.zeros_like(p)) for n, p in params.items()}
+        updates, moved = tx.update(filled, state, params)
+        new_params = optax.apply_updates(params, updates)
+
+        def unless_missing(path: Any, old: Any, new: Any) -> Any:
+            # In PyTorch a parameter without a gradient stays as it is.
+            name = getattr(path[-1], "key", None) if path else None
+            return old if name in params and name not in grads else new
+
+        params = jax.tree.map_with_path(unless_missing, params, new_params)
+        state = jax.tree.map_with_path(unless_missing, state, moved)
+        x = sf_jax.eval_params(state, jax.tree.map(_at_least_float32, params))
+        in_full = sf_jax.train_params(state, x)
+        # What a bfloat16 parameter rounds off is optax's; the state has y in full.
+        y = {n: in_full[n] if p.dtype == jnp.bfloat16 else p for n, p in params.items()}
+        return params, state, {"y": y, "x": x}
+
+    return tx, jax.jit(step)
+
+
+def _at_least_float32(leaf: jax.Array) -> jax.Array:
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+
 class _InJax:
     def __init__(self, run: Run) -> None:
-        def build(group: Group) -> Any:
-            return OPTIMIZERS[group.optimizer].jax(group.options, False)
-
-        names = list(run.start)
+        tx, self.jitted = _jax_step(tuple(run.groups))
         self.params = {name: jnp.asarray(y) for name, y in run.start.items()}
-        if len(run.groups) == 1:
-            tx = build(run.groups[0])
-        else:
-            labels = {
-                n: str(i) for i, group in enumerate(run.groups) for n in group.names
-            }
-            by_label = {str(i): build(group) for i, group in enumerate(run.groups)}
-            tx = optax.partition(by_label, labels)
         self.state = tx.init(self.params)
         if run.k:
-            index = {name: i for i, name in enumerate(names)}
-            optimizer: dict[str, Any] = {
-                "state": {
-                    i: {key: of[name] for key, of in run.state.items() if name in of}
-                    for name, i in index.items()
-                },
-                "param_groups": [
-                    {**group, "params": [index[n] for n in group["params"]]}
-                    for group in run.saved_groups
-                ],
-            }
-            for name, i in index.items():
-                if self.params[name].dtype == jnp.bfloat16:
-                    optimizer["state"][i]["x"] = run.start_x[name]
-            self.params, self.state, _ = torch_checkpoint.from_torch(
-                run.start,
-                optimizer,
-                self.params,
-                self.state,
-                names=[torch_checkpoint.Leaf(name, name) for name in names],
-                param_names=[n for group in run.groups for n in group.names],
-                model_holds="y",
-            )
+            self._resume(run)
 
-        half = any(p.dtype == jnp.bfloat16 for p in self.params.values())
-
-        def step(params: Any, state: Any, grads: Any) -> tuple[Any, ...]:
-            filled = {n: grads.get(n, jnp.zeros_like(p)) for n, p in params.items()}
-            updates, moved = tx.update(filled, state, params)
-            new_params = optax.apply_updates(params, updates)
-
-            def unless_missing(path: Any, old: Any, new: Any) -> Any:
-                # In PyTorch a parameter without a gradient stays as it is.
-                name = getattr(path[-1], "key", None) if path else None
-                return old if name in params and name not in grads else new
-
-            params = jax.tree.map_with_path(unless_missing, params, new_params)
-            state = jax.tree.map_with_path(unless_missing, state, moved)
-            x = sf_jax.eval_params(state, None if half else params)
-            # The parameters' own rounding is optax's; the state has y in full.
-            y = sf_jax.train_params(state, x) if half else params
-            return params, state, {"y": y, "x": x}
-
-        self.jitted = jax.jit(step)
+    def _resume(self, run: Run) -> None:
+        index = {name: i for i, name in enumerate(run.start)}
+        state: dict[int, dict[str, np.ndarray]] = {
+            i: {key: of[name] for key, of in run.state.items() if name in of}
+            for name, i in index.items()
+        }
+        for name, i in index.items():
+            if self.params[name].dtype == jnp.bfloat16:
+                state[i]["x"] = run.start_x[name]
+        groups = [
+            {**group, "params": [index[name] for name in group["params"]]}
+            for group in run.saved_groups
+        ]
+        self.params, self.state, _ = torch_checkpoint.from_torch(
+            run.start,
+            {"state": state, "param_groups": groups},
+            self.params,
+            self.state,
+            names=[torch_checkpoint.Leaf(name, name) for name in run.start],
+            param_names=[name for group in run.groups for name in group.names],
+            model_holds="y",
+        )
 
     def step(self, grads: Leaves) -> None:
         self.params, self.state, self.now = self.jitted(self.params, self.state, grads)
@@ -291,12 +298,26 @@ def _row(worst: Worst) -> tuple[str, str, str]:
     return worst.parted or "never", f"{worst.ulps:.3g}", worst.where
 
 
+def add_command(commands: Any) -> None:
+    """Adds ``replay FILE`` to the subcommands of a parser."""
+    parser = commands.add_parser(
+        "replay", help="check a run that sf_torch.record wrote against JAX"
+    )
+    parser.add_argument("file", help="what sf_torch.record wrote")
+    parser.set_defaults(run=lambda args: main(args.file))
+
+
 def main(path: str | os.PathLike[str], console: Console | None = None) -> int:
     """Replays a file and prints the verdict.
 
     Returns:
-      The exit code: 0 within tolerance, 1 when not.
+      The exit code: 0 within tolerance, 1 when not, 2 if it can't be replayed.
     """
-    verdict = replay(path)
-    show(verdict, console or Console())
+    console = console or Console()
+    try:
+        verdict = replay(path)
+    except (OSError, ValueError) as error:
+        console.print(str(error), markup=False)
+        return 2
+    show(verdict, console)
     return 0 if verdict.ok else 1
