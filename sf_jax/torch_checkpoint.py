@@ -92,7 +92,7 @@ def from_torch(
       params: parameters of the Flax model, for their structure, shapes and dtypes:
         Linen's dict, or ``nnx.state(model, nnx.Param)``.
       opt_state: ``tx.init(params)``, or an ``nnx.Optimizer``'s ``opt_state``. What is
-        not Schedule-Free's in it stays as it is.
+        not Schedule-Free's in it stays as it is, counts of outer schedules included.
       batch_stats: BatchNorm's running statistics, of the same kind as params.
       names: which tensor is which leaf; by default :func:`guess_names`'s guess.
       param_names: the model's names in the order of the optimizer's parameters, group

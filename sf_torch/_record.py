@@ -240,7 +240,7 @@ def record(
 
     Works with the optimizers of this package and of Meta's ``schedulefree``, in an
     ordinary loop that stays as it is. Each step is written at once; no more than one
-    step's tensors are held.
+    step's tensors are held. For parameters that lie whole in one process.
 
     Args:
       optimizer: as it trains. What it holds when the block begins is where the replay

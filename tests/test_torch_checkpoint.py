@@ -286,6 +286,9 @@ COMBINATORS = {
     ),
     "multi_steps": lambda tx: optax.MultiSteps(tx, 1),
     "finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "injected": lambda tx: optax.inject_hyperparams(sf_jax.schedule_free_adamw)(
+        LR, WARMUP, weight_decay=DECAY
+    ),
 }
 
 
@@ -353,6 +356,28 @@ def test_nnx_model_and_optimizer_take_a_run_over():
         batch_stats=nnx.state(model, nnx.BatchStat),
     )
     np.testing.assert_array_equal(back["fc1.weight"].T, model.fc1.kernel[...])
+
+
+def test_arrays_go_where_the_leaves_are():
+    net, optimizer = started(adamw(schedulefree))
+    variables = linen_variables()
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    params = dict(variables["params"])
+    params["conv"] = {
+        "kernel": params["conv"]["kernel"],
+        "bias": jax.device_put(params["conv"]["bias"], split),
+    }
+    run = from_torch(
+        net.state_dict(),
+        optimizer.state_dict(),
+        params,
+        TO_JAX["adamw"].init(params),
+        batch_stats=variables["batch_stats"],
+    )
+    assert run.params["conv"]["bias"].sharding == split
+    assert run.opt_state.z["conv"]["bias"].sharding == split
+    np.testing.assert_array_equal(run.params["conv"]["bias"], net.conv.bias.detach())
 
 
 # Groups, halves and files
