@@ -226,8 +226,13 @@ def rows_of(net):
     return guess_names(net.state_dict(), *linen_variables().values())
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    ("run", "mode"),
+    [
+        *((run, "train") for run in RUNS),
+        *((run, "eval") for run in ("adamw-meta", "adamw-ours-with-x", "wrapper-meta")),
+    ],
+)
 def test_run_goes_on_in_jax(run, mode):
     tx, (net, optimizer) = TO_JAX[RUNS[run][0]], started(RUNS[run][1])
     if mode == "eval":
