@@ -1,7 +1,8 @@
-"""The parity matrix and its report, from the command line.
+"""The parity matrix, its report and the replay of runs, from the command line.
 
     python -m parity_tests matrix --report out/parity
     python -m parity_tests matrix --case 'adamw/*' --steps 50 --device gpu
+    python -m parity_tests replay run.safetensors
 
 Also installed as ``sf-parity``.
 """
@@ -10,10 +11,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from parity_tests import matrix
+from parity_tests import matrix, replay
 
 # Each has add_arguments(parser) and run(arguments) -> exit status.
-COMMANDS = {"matrix": matrix}
+COMMANDS = {"matrix": matrix, "replay": replay}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from parity_tests.optimizers import Options
+from parity_tests.options import Options
 from parity_tests.reference import Leaves
 from sf_torch import read_record
 

@@ -8,6 +8,7 @@ the reference is replayed once more under each of :data:`HYPOTHESES`: the one th
 brings it back to the recorded run is the likely reason.
 """
 
+import argparse
 import dataclasses
 import functools
 import os
@@ -299,13 +300,12 @@ def _row(worst: Worst) -> tuple[str, str, str]:
     return worst.parted or "never", f"{worst.ulps:.3g}", worst.where
 
 
-def add_command(commands: Any) -> None:
-    """Adds ``replay FILE`` to the subcommands of a parser."""
-    parser = commands.add_parser(
-        "replay", help="check a run that sf_torch.record wrote against JAX"
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="what sf_torch.record wrote")
-    parser.set_defaults(run=lambda args: main(args.file))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    return main(arguments.file)
 
 
 def main(path: str | os.PathLike[str], console: Console | None = None) -> int:

@@ -1,6 +1,5 @@
 """A recorded run is told from one that took another path, and told why."""
 
-import argparse
 import io
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ from rich.console import Console
 
 import sf_torch
 from parity_tests import replay
+from parity_tests.__main__ import main as command_line
 from sf_torch import record
 
 LR, WARMUP, DECAY, STEPS = 0.02, 10, 0.1, 30
@@ -261,10 +261,7 @@ def test_what_has_no_reference_is_refused(file):
 
 
 def test_command_line_takes_a_file(file, capsys):
-    parser = argparse.ArgumentParser()
-    replay.add_command(parser.add_subparsers())
     params = parameters()
     recorded(file, adamw(schedulefree, params), params)
-    args = parser.parse_args(["replay", str(file)])
-    assert args.run(args) == 0
+    assert command_line(["replay", str(file)]) == 0
     assert "the one that JAX and the reference take" in capsys.readouterr().out
