@@ -184,9 +184,7 @@ def _owned_leaves(opt_state: Any) -> dict[Path, _Owned]:
                     f"two Schedule-Free states own the leaf {_name(path)}, so there "
                     "is no single x. Pass the one that belongs to these params."
                 )
-            owned[path] = _Owned(
-                jnp.asarray(z), stored.get(path), jnp.asarray(state.b1)
-            )
+            owned[path] = _Owned(jnp.asarray(z), stored.get(path), _array(state.b1))
     return owned
 
 
@@ -244,13 +242,22 @@ def _leaves_by_path(tree: Any) -> dict[Path, Any]:
 
 
 def _key(path: Sequence[Any]) -> Path:
-    """A path by its names alone: ``a[0]`` and ``a["0"]`` are the same leaf."""
-    return tuple(
+    """A path by its names alone: ``a[0]`` and ``a["0"]`` are the same leaf.
+
+    So are a Flax NNX variable and the array in it, which is its ``value``.
+    """
+    names = tuple(
         str(getattr(entry, attribute))
         for entry in path
         for attribute in ("key", "name", "idx")
         if hasattr(entry, attribute)
     )
+    return names[:-1] if names[-1:] == ("value",) else names
+
+
+def _array(leaf: Any) -> jax.Array:
+    """The array in an NNX variable, also one that was restored as a dict."""
+    return jnp.asarray(leaf["value"] if isinstance(leaf, Mapping) else leaf)
 
 
 def _name(path: Path) -> str:

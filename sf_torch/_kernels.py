@@ -127,8 +127,11 @@ def _has_fused_adam(leaves: "Leaves") -> bool:
 
 def _fused_adam(leaves: "Leaves", step: BaseStep) -> None:
     v, b = list(leaves.moments["exp_avg_sq"]), step.inner_momentum
-    # Without momentum the kernel still writes one.
+    # Without momentum the kernel still writes one, and reads it: 0 times whatever lies
+    # in fresh memory may be NaN.
     means = leaves.moments["exp_avg"] if b else leaves.spare("mean")
+    if not b:
+        torch._foreach_zero_(means)
     targets, lr = leaves.zs, step.lr
     if step.weight_decay:
         # From zero, so that decay joins before z is rounded, and only once.
