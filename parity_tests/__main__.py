@@ -1,7 +1,8 @@
-"""The parity matrix and its report, from the command line.
+"""The parity matrix, the replay of recorded runs and a long run, from the command line.
 
     python -m parity_tests matrix --report out/parity
     python -m parity_tests matrix --case 'adamw/*' --steps 50 --device gpu
+    python -m parity_tests replay run.safetensors
     python -m parity_tests long-run
 
 Also installed as ``sf-parity``.
@@ -11,10 +12,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from parity_tests import long_run, matrix
+from parity_tests import long_run, matrix, replay
 
 # Each has add_arguments(parser) and run(arguments) -> exit status.
-COMMANDS = {"matrix": matrix, "long-run": long_run}
+COMMANDS = {"matrix": matrix, "replay": replay, "long-run": long_run}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -80,6 +80,12 @@ def test_digits_report_needs_no_other_file(digits):
     assert "nan" not in re.sub(r"base64,[^\"]*", "", page).lower()
 
 
+def test_ported_run_agrees_on_equal_gradients(run):
+    summary = json.loads((run("port_a_run")[1] / "summary.json").read_text())
+    assert summary["ulps_when_ported"] <= 1
+    assert summary["max_ulps_equal_gradients"] <= 64
+
+
 def test_digits_checkpoint_holds_tensors_only(digits):
     torch.load(digits[1] / "torch.pt", weights_only=True)
 
