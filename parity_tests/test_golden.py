@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
 
 import sf_jax
+import sf_torch
 
 GOLDEN = Path(__file__).parent / "golden"
 LEAVES = ("a", "b", "c")
@@ -119,3 +121,49 @@ def test_jax_follows(golden):
         run = jax.jit(lambda *carry: jax.lax.scan(step, carry, (grads, values)))
         _, ours = run(params, tx.init(params))
         golden.check(ours)
+
+
+# PyTorch
+
+
+def torch_optimizer(golden, params, **form):
+    source, options = golden.meta["source"], dict(golden.meta["kwargs"])
+    if "plus" in source:
+        options["upstream_compatible"] = True
+        return sf_torch.AdamCScheduleFreePlus(params, **options, **form)
+    if "algoperf" in source:
+        return sf_torch.AdamWScheduleFreeAlgoPerf(params, **options, **form)
+    if "gpa" not in source:
+        return sf_torch.AdamWScheduleFree(params, **options, **form)
+    options["mu_y"] = options.pop("train_interp_coeff", 0.7)
+    if options.pop("iterate_averaging_type", "GPA") == "SCHEDULE_FREE":
+        betas = options["mu_y"], 0.999
+        return sf_torch.AdamWScheduleFree(
+            params, options["lr"], betas, inner_momentum=0.9, **form
+        )
+    options["mu_x"] = options.pop("eval_interp_coeff", 0.9967)
+    options["decay_at"] = "y" if options.pop("use_wd_on_y", False) else "z"
+    options["weight_decay"] = float32_decay(
+        options["lr"], options.get("weight_decay", 0.0)
+    )
+    return sf_torch.GPAAdamW(params, **options, upstream_compatible=True, **form)
+
+
+@pytest.mark.parametrize("form", [{}, {"store_x": True}, {"foreach": True}], ids=str)
+def test_torch_follows(golden, form):
+    params = {
+        name: torch.nn.Parameter(torch.as_tensor(leaf, dtype=torch.float64))
+        for name, leaf in golden.leaves("init").items()
+    }
+    optimizer = torch_optimizer(golden, list(params.values()), **form)
+    optimizer.train()
+    grads, record = golden.leaves("grad"), []
+    for k, value in enumerate(golden.data["value"]):
+        for name, p in params.items():
+            p.grad = torch.as_tensor(grads[name][k], dtype=torch.float64)
+        optimizer.step(lambda value=value: value)
+        xs = dict(zip(params, optimizer.eval_params(), strict=True))
+        zs = {name: optimizer.state[p]["z"] for name, p in params.items()}
+        after = {"y": params, "x": xs, "z": zs}
+        record.append(jax.tree.map(lambda leaf: leaf.detach().numpy().copy(), after))
+    golden.check(jax.tree.map(lambda *steps: np.stack(steps), *record))

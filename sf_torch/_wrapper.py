@@ -114,15 +114,14 @@ class ScheduleFreeWrapper(ScheduleFree):
         torch._foreach_copy_(leaves.zs, zs)
 
     def _advance(self, loss: Any, closure: Callable[[], Any] | None) -> None:
-        counts = []
-        for group in self.param_groups:
-            # Before the base changes them: its step is taken with these.
-            group["scheduled_lr"] = float(group["lr"]) * group.get("d", 1.0)
-            counts.append(group["k"])
+        # Before the base changes them: its step is taken with these.
+        before = [(float(group["lr"]), group["k"]) for group in self.param_groups]
         moved = self._moved_by_base(loss, closure)
         try:
-            for group, k in zip(self.param_groups, counts, strict=True):
+            for group, (lr, k) in zip(self.param_groups, before, strict=True):
                 group["k"] = k
+                # The d that the step found, which is the better estimate.
+                group["scheduled_lr"] = lr * float(group.get("d", 1.0))
                 for p in group["params"]:
                     if p in moved:
                         self.state[p][MOVED] = moved[p]
