@@ -135,12 +135,10 @@ def test_plus_stores_as_much_as_adamw_and_paper_stores_all():
         assert optimizer.state[p].keys() == keys
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_plus_and_paper_agree(dtype):
-    close(
-        train(partial(sf_torch.AdamCScheduleFreePlus, **PLUS), dtype),
-        train(partial(sf_torch.AdamCScheduleFreePlusPaper, **PLUS), dtype),
-    )
+def test_plus_and_paper_agree():
+    fast = train(partial(sf_torch.AdamCScheduleFreePlus, **PLUS), torch.float64)
+    paper = train(partial(sf_torch.AdamCScheduleFreePlusPaper, **PLUS), torch.float64)
+    torch.testing.assert_close(fast, paper, rtol=1e-11, atol=1e-11)
 
 
 def test_plus_sums_over_all_groups():
@@ -189,20 +187,20 @@ def test_plus_without_gradients_moves_nothing():
 # What Prodigy needs of the wrapper
 
 
-class Doubling(torch.optim.SGD):
-    """Finds a d twice as large at each step, and puts it on the next."""
+class Growing(torch.optim.SGD):
+    """Finds a larger d at each step, and puts it on the next: 1, 2, 5, 26."""
 
     def step(self, closure=None):
         for group in self.param_groups:
             d = group.setdefault("d", 1.0)
             group["lr"], lr = group["lr"] * d, group["lr"]
             super().step(closure)
-            group["lr"], group["d"] = lr, 2 * d
+            group["lr"], group["d"] = lr, d**2 + 1
 
 
 def test_the_wrapper_weighs_by_d_as_metas_does():
     def make(package, decay, params):
-        base = Doubling(params, lr=1e-3)
+        base = Growing(params, lr=1e-3)
         wrapper = package.ScheduleFreeWrapper(
             base, momentum=0.9, weight_decay_at_y=decay
         )
@@ -212,7 +210,7 @@ def test_the_wrapper_weighs_by_d_as_metas_does():
     for decay in (0.0, 0.1):
         ours, theirs = parameters(), parameters()
         a, b = make(sf_torch, decay, ours), make(schedulefree, decay, theirs)
-        for _ in range(6):
+        for _ in range(4):
             for p in (*ours, *theirs):
                 p.grad = torch.cos(p.detach())
             a.step()
