@@ -193,7 +193,7 @@ class AdamWScheduleFreeAlgoPerf(AdamWScheduleFree):
 
     def _base_step(self, group: Group, lr: float) -> BaseStep:
         correction = one_minus_power(group["betas"][1], group["k"])
-        step = super()._base_step(group, lr * math.sqrt(correction))
+        step = super()._base_step(group, lr * correction**0.5)
         return step._replace(correction=1.0)
 
 

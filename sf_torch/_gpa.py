@@ -45,6 +45,7 @@ class GPAAdamW(AdamWScheduleFree):
       weight_decay: λ, decoupled and times the learning rate.
       warmup_steps: steps of linear warmup.
       foreach: all parameters in a few large kernels; None for CUDA only.
+      fused: one kernel for the whole step (CUDA, with Triton); None where it works.
       decay_at: "z", "y" or "x": what the decay pulls towards zero by.
       store_x: keep x in the state.
       state_dtype: dtype of the state. By default that of each parameter, float32 for
@@ -85,6 +86,7 @@ class GPAAdamW(AdamWScheduleFree):
         warmup_steps: int = 0,
         foreach: bool | None = None,
         *,
+        fused: bool | None = None,
         decay_at: str = "z",
         store_x: bool = False,
         state_dtype: torch.dtype | None = None,
@@ -102,7 +104,7 @@ class GPAAdamW(AdamWScheduleFree):
             "decay_at": decay_at,
             "upstream_compatible": upstream_compatible,
         }
-        options |= bookkeeping(store_x, state_dtype)
+        options |= bookkeeping(store_x, state_dtype, fused)
         ScheduleFree.__init__(self, params, options)
 
     def _check_group(self, group: Group) -> None:
@@ -124,6 +126,9 @@ class GPAAdamW(AdamWScheduleFree):
 
     def _inner_momentum(self, group: Group) -> float:
         return group["betas"][0]
+
+    def _fuses(self, group: Group) -> bool:
+        return super()._fuses(group) and not group["upstream_compatible"]
 
     def _move_z(self, group: Group, leaves: Leaves, lr: float) -> Tensors:
         step = self._base_step(group, lr)

@@ -62,6 +62,7 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
       sf_beta1_max: β after those steps, in [0, 1).
       weight_lr_power: and by the largest step size so far to this power.
       foreach: all parameters in a few large kernels; None for CUDA only.
+      fused: one kernel for the whole step (CUDA, with Triton); None where it works.
       store_x: keep x in the state.
       state_dtype: dtype of the state. By default that of each parameter, float32 for
         those narrower than it.
@@ -107,6 +108,7 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
         weight_lr_power: float = 2,
         foreach: bool | None = None,
         *,
+        fused: bool | None = None,
         store_x: bool = False,
         state_dtype: torch.dtype | None = None,
         upstream_compatible: bool = False,
@@ -128,7 +130,7 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
             "upstream_compatible": upstream_compatible,
             "grad_l1_ema": 0.0,
         }
-        options |= bookkeeping(store_x, state_dtype)
+        options |= bookkeeping(store_x, state_dtype, fused)
         ScheduleFree.__init__(self, params, options)
 
     def _check_group(self, group: Group) -> None:
