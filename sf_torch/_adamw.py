@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import ParamsT
 
-from sf_torch._averaging import Group, one_minus_power
+from sf_torch._averaging import Group, one_minus_power, where
 from sf_torch._forms import Closure, Reference
 from sf_torch._kernels import BaseStep
 from sf_torch._optimizer import ScheduleFree, bookkeeping
@@ -189,12 +189,13 @@ class AdamWScheduleFreeAlgoPerf(AdamWScheduleFree):
         super().__init__(*args, **{"decay_at": "x", **options})
 
     def _step_size(self, group: Group) -> float:
-        return max(super()._step_size(group), group["eps"])
+        lr, least = super()._step_size(group), group["eps"]
+        return where(lr > least, lr, least)
 
     def _base_step(self, group: Group, lr: float) -> BaseStep:
         correction = one_minus_power(group["betas"][1], group["k"])
         step = super()._base_step(group, lr * correction**0.5)
-        return step._replace(correction=1.0)
+        return step._replace(correction=1.0, steps=None)
 
 
 class AdamWScheduleFreeReference(Reference, AdamWScheduleFree):

@@ -18,13 +18,13 @@ References:
 """
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from sf_torch import _kernels
 from sf_torch._adamw import AdamWScheduleFree
 from sf_torch._averaging import Group
-from sf_torch._kernels import Tensors
-from sf_torch._leaves import Leaves
+from sf_torch._kernels import BaseStep
+from sf_torch._leaves import Leaf
 from sf_torch._optimizer import ScheduleFree, bookkeeping
 
 
@@ -77,7 +77,7 @@ class GPAAdamW(AdamWScheduleFree):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | torch.Tensor = 0.001,
+        lr: float | Tensor = 0.001,
         mu_y: float = 0.7,
         mu_x: float = 0.9967,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -127,21 +127,26 @@ class GPAAdamW(AdamWScheduleFree):
     def _inner_momentum(self, group: Group) -> float:
         return group["betas"][0]
 
-    def _fuses(self, group: Group) -> bool:
-        return super()._fuses(group) and not group["upstream_compatible"]
+    def _base_step(self, group: Group, lr: float) -> BaseStep:
+        step = super()._base_step(group, lr)
+        return step._replace(weight_decay=0.0) if group["upstream_compatible"] else step
 
-    def _move_z(self, group: Group, leaves: Leaves, lr: float) -> Tensors:
-        step = self._base_step(group, lr)
-        if group["upstream_compatible"] and step.weight_decay:
-            shrink(leaves, lr * step.weight_decay, step.decay_at)
-            step = step._replace(weight_decay=0.0)
-        return _kernels.move_z(leaves, step)
+    def _leaf(self, p: Tensor, group: Group) -> Leaf:
+        leaf = super()._leaf(p, group)
+        if group["upstream_compatible"] and group["weight_decay"]:
+            by = self._step_size(group) * float(group["weight_decay"])
+            shrink(leaf, by, group["decay_at"], group["b1"])
+        return leaf
 
 
-def shrink(leaves: Leaves, by: float, at: str) -> None:
+def shrink(leaf: Leaf, by: float, at: str, b1: float) -> None:
     """z or y made smaller, with the other as it is and x what the two imply."""
-    if leaves.xs is not None:
-        away = (1 - leaves.b1) / leaves.b1 if at == "z" else -1 / leaves.b1
-        torch._foreach_add_(leaves.xs, leaves.at(at), alpha=by * away)
-    if at == "z" or leaves.xs is None:
-        torch._foreach_mul_(leaves.at(at), 1 - by)
+    z, x = leaf.state["z"], leaf.state.get("x")
+    if at == "z":
+        if x is not None:
+            x.add_(z, alpha=by * (1 - b1) / b1)
+        z.mul_(1 - by)
+    elif x is None:
+        leaf.param.mul_(1 - by)
+    else:
+        x.sub_(torch.lerp(z, x, b1), alpha=by / b1)

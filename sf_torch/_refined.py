@@ -14,7 +14,7 @@ from typing import Any
 
 from sf_torch import _checks
 from sf_torch._adamw import AdamWScheduleFree
-from sf_torch._averaging import Group
+from sf_torch._averaging import Group, where
 from sf_torch._optimizer import ScheduleFree
 from sf_torch._radam import RAdamScheduleFree
 from sf_torch._sgd import SGDScheduleFree
@@ -33,7 +33,8 @@ class Refined(ScheduleFree):
 
     def _weight(self, group: Group, lr: float) -> float:
         plain = super()._weight(group, lr)
-        return min(1.0, (1 - self._beta(group)) * group["refined_c"] * plain)
+        weight = (1 - self._beta(group)) * group["refined_c"] * plain
+        return where(weight < 1, weight, 1.0)
 
 
 class SGDScheduleFreeRefined(Refined, SGDScheduleFree):
