@@ -104,27 +104,27 @@ METHODS[COSINE] = cosine, (1e-3, 3e-3, 1e-2, 3e-2)
 # The model: a transformer decoder with learned positions
 
 
-def initialise(key: jax.Array, size: Size, vocabulary: int) -> Any:
-    d, keys = size.width, iter(jax.random.split(key, 3 + 6 * size.layers))
+def initialise(seed: int, size: Size, vocabulary: int) -> Any:
+    rng, d = np.random.default_rng(seed), size.width
 
-    def matrix(rows: int, columns: int, scale: float = 1.0) -> jax.Array:
-        return scale * jax.random.normal(next(keys), (rows, columns)) / rows**0.5
+    def normal(rows: int, columns: int, scale: float) -> np.ndarray:
+        return (scale * rng.normal(size=(rows, columns))).astype(np.float32)
+
+    def block() -> dict[str, np.ndarray]:
+        return {
+            "qkv": normal(d, 3 * d, d**-0.5),
+            "out": normal(d, d, (d * size.layers) ** -0.5),
+            "up": normal(d, 4 * d, d**-0.5),
+            "down": normal(4 * d, d, (4 * d * size.layers) ** -0.5),
+            "scales": np.ones((2, d), np.float32),
+        }
 
     return {
-        "embedding": 0.02 * jax.random.normal(next(keys), (vocabulary, d)),
-        "position": 0.02 * jax.random.normal(next(keys), (size.context, d)),
-        "blocks": [
-            {
-                "qkv": matrix(d, 3 * d),
-                "out": matrix(d, d, size.layers**-0.5),
-                "up": matrix(d, 4 * d),
-                "down": matrix(4 * d, d, size.layers**-0.5),
-                "scales": jnp.ones((2, d)),
-            }
-            for _ in range(size.layers)
-        ],
-        "scale": jnp.ones(d),
-        "unembedding": jnp.zeros((d, vocabulary)),
+        "embedding": normal(vocabulary, d, 0.02),
+        "position": normal(size.context, d, 0.02),
+        "blocks": [block() for _ in range(size.layers)],
+        "scale": np.ones(d, np.float32),
+        "unembedding": np.zeros((d, vocabulary), np.float32),
     }
 
 
@@ -150,8 +150,13 @@ def loss(params: Any, tokens: jax.Array, heads: int) -> jax.Array:
 # Training: all trials and seeds of a method at once
 
 
-def windows(text: jax.Array, starts: jax.Array, context: int) -> jax.Array:
-    return text[starts[:, None] + jnp.arange(context + 1)]
+def even(length: int, size: Size) -> np.ndarray:
+    """Where the held-out windows begin: all over the text."""
+    return np.linspace(0, length - size.context - 2, size.held_out).astype(int)
+
+
+def windows(text: Any, starts: Any, context: int) -> Any:
+    return text[starts[:, None] + np.arange(context + 1)]
 
 
 def load_texts() -> dict[str, np.ndarray]:
@@ -171,62 +176,52 @@ def trainer(
     of = partial(loss, heads=size.heads)
     train = jnp.asarray(texts["train"])
     vocabulary = int(max(text.max() for text in texts.values())) + 1
-    held_out = {
-        name: windows(
-            jnp.asarray(text),
-            jnp.linspace(0, len(text) - size.context - 2, size.held_out).astype(int),
-            size.context,
-        )
-        for name, text in texts.items()
-        if name != "train"
-    }
+    held_out = np.stack(
+        [
+            np.asarray(windows(text, even(len(text), size), size.context))
+            for text in (texts["valid"], texts["test"])
+        ]
+    )
 
-    def start(seed: jax.Array, lr: jax.Array) -> Any:
-        params = initialise(jax.random.key(seed), size, vocabulary)
+    def start(params: Any, lr: jax.Array) -> Any:
         return params, make(lr, 0).init(params)
 
     def stretch(
-        carry: Any, seed: jax.Array, lr: jax.Array, horizon: jax.Array, first: jax.Array
+        carry: Any, starts: jax.Array, lr: jax.Array, horizon: jax.Array
     ) -> Any:
         """The steps until the next evaluation, and that."""
         tx = optax.with_extra_args_support(make(lr, horizon))
-        data_key = jax.random.key(seed + 1_000_000)
-        ends = len(train) - size.context
 
-        def step(carry: Any, k: jax.Array) -> Any:
+        def step(carry: Any, starts: jax.Array) -> Any:
             params, state = carry
-            key = jax.random.fold_in(data_key, k)
-            starts = jax.random.randint(key, (size.batch,), 0, ends)
             batch = windows(train, starts, size.context)
             value, grads = jax.value_and_grad(of)(params, batch)
             updates, state = tx.update(grads, state, params, value=value)
             return (optax.apply_updates(params, updates), state), None
 
-        carry, _ = jax.lax.scan(step, carry, first + jnp.arange(size.every))
+        carry, _ = jax.lax.scan(step, carry, starts)
         params, state = carry
         x = params if method == COSINE else sf_jax.eval_params(state, params)
-        return carry, {name: of(x, text) for name, text in held_out.items()}
+        return carry, jax.lax.map(partial(of, x), held_out)
 
-    seeds, lrs = jnp.arange(size.seeds), jnp.asarray(trials)
-    starts = _over_all(start, 0)
-    stretches = _over_all(stretch, 1, 2)
+    # Over seeds, and outside that over trials.
+    begin = jax.jit(jax.vmap(jax.vmap(start, (0, None)), (None, 0)))
+    go_on = jax.jit(jax.vmap(jax.vmap(stretch, (0, 0, None, None)), (0, None, 0, None)))
 
     def run(horizon: int) -> dict[str, np.ndarray]:
-        carry, found = starts(seeds, lrs), []
-        for first in range(0, horizon, size.every):
-            carry, losses = stretches(carry, seeds, lrs, horizon, first)
+        seeds, lrs, found = range(size.seeds), jnp.asarray(trials), []
+        params = [initialise(seed, size, vocabulary) for seed in seeds]
+        orders = [np.random.default_rng([seed, 1]) for seed in seeds]
+        carry = begin(jax.tree.map(lambda *leaves: np.stack(leaves), *params), lrs)
+        ends, shape = len(train) - size.context, (size.every, size.batch)
+        for _ in range(0, horizon, size.every):
+            starts = np.stack([rng.integers(ends, size=shape) for rng in orders])
+            carry, losses = go_on(carry, starts, lrs, horizon)
             found.append(losses)
-        return jax.tree.map(lambda *losses: np.stack(losses, axis=-1), *found)
+        valid, test = np.moveaxis(np.stack(found, axis=-1), 2, 0)
+        return {"valid": valid, "test": test}
 
     return run
-
-
-def _over_all(
-    fn: Callable[..., Any], carries: int, others: int = 0
-) -> Callable[..., Any]:
-    """fn(*carries, seed, lr, *others) for every trial and seed."""
-    over_seeds = jax.vmap(fn, (0,) * carries + (0, None) + (None,) * others)
-    return jax.jit(jax.vmap(over_seeds, (0,) * carries + (None, 0) + (None,) * others))
 
 
 @dataclass
