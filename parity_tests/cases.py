@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from parity_tests.case import Case, Groups
+from parity_tests.family import FAMILY, FAMILY_CASES
 from parity_tests.gradients import NETWORK, Tree
 from parity_tests.optimizers import OPTIMIZERS
 from parity_tests.options import Linear, Options
@@ -161,6 +162,11 @@ def _cases() -> Iterator[Case]:
         recorded="algoperf_adamw_0",
         **golden,
     )
+
+    for name, chosen, fields in FAMILY_CASES:
+        member = FAMILY[name.split("/")[0]]
+        tree = RECORDED_TREE if "recorded" in fields else TREE
+        yield Case(name, member, chosen, **{"tree": tree, **fields})
 
 
 CASES: tuple[Case, ...] = tuple(_cases())

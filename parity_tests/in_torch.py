@@ -70,8 +70,11 @@ def advance(
     source = case.source(max(ks.stop, 1))
     for k in ks:
         _schedule(case, optimizer, k)
-        _differentiate(source, params, k)
-        optimizer.step()
+        value = _differentiate(source, params, k)
+        if hasattr(optimizer, "step_func"):  # takes the loss
+            optimizer.step_func(function_value=value)
+        else:
+            optimizer.step()
         y = _numpy(params)
         yield y, _x(case, params, optimizer, package), _z(params, optimizer, y)
 

@@ -187,6 +187,8 @@ OPTIMIZERS = {
             ),
             jax=_jax_adamw("algoperf"),
             arguments=_adamw_arguments,
+            torch=_class(sf_torch, "AdamWScheduleFreeAlgoPerf"),
+            torch_forms=("",),
         ),
         Optimizer(
             "radam",

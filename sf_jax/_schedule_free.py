@@ -39,9 +39,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sf_jax import _averaging, _checks
+from sf_jax import _averaging, _checks, _double
 from sf_jax._averaging import Average, Weights
-from sf_jax._double import Double, scalar_dtype
+from sf_jax._double import Double, double, scalar_dtype
+
+SEQUENCES = ("y", "z", "x")
 
 
 class ScheduleFreeState(NamedTuple):
@@ -95,6 +97,9 @@ class Base(NamedTuple):
         [optax.Updates, optax.OptState, Iterates, jax.Array, jax.Array, dict[str, Any]],
         tuple[optax.Updates, optax.OptState],
     ]
+    # state after the step -> the factor that it put on lr, for a base that finds its
+    # own step size; the averaging weight sees it too
+    lr_scale: Callable[[optax.OptState], jax.typing.ArrayLike] | None = None
 
 
 class StepSize(NamedTuple):
@@ -188,6 +193,8 @@ def rule(
         displacement, base_state = base.update(
             grads, state.base_state, iterates, state.count, lr.hi, extra_args
         )
+        if base.lr_scale is not None:
+            lr = _double.multiply(lr, double(base.lr_scale(base_state)))
         ckp1, weights = average(
             state.count,
             lr,
@@ -250,6 +257,8 @@ def schedule_free(
     *,
     r: float = 0.0,
     average: Average | None = None,
+    decay_at: str = "y",
+    lr_scale: Callable[[Any], jax.typing.ArrayLike] | None = None,
     store_x: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Schedule-Free over any optax optimizer.
@@ -265,8 +274,7 @@ def schedule_free(
 
     Args:
       base_optimizer: any optax transformation, its learning rate included. It should
-        have no momentum of its own: β takes that part. It is given y as its params,
-        so its weight decay pulls y towards zero.
+        have no momentum of its own: β takes that part.
       learning_rate: a float, an array or a schedule of the count: what weighs the
         average (the base optimizer has its own). Give both the same schedule.
       b1: β, the weight of x in y, in [0, 1]; a float, an array or a schedule. A
@@ -278,6 +286,10 @@ def schedule_free(
       r: steps are also weighed by ``(k + 1) ** r``.
       average: another averaging weight, in place of the one that ``r`` and
         ``weight_lr_power`` describe: ``(count, lr, weights) -> (c, weights)``.
+      decay_at: "y", "z" or "x": what ``base_optimizer`` gets as its params, and so
+        what its weight decay pulls towards zero by.
+      lr_scale: for a ``base_optimizer`` that finds its own step size: the factor on
+        ``learning_rate`` that its state holds after a step.
       store_x: keep x in the state (one more array a leaf), so that ``eval_params``
         needs no params. x is always kept for parameters narrower than z and for
         ``b1 = 0``, where y does not determine it.
@@ -289,8 +301,8 @@ def schedule_free(
 
     Raises:
       ValueError: b1 outside [0, 1], a negative learning rate, a state_dtype that is
-        not floating; in ``init`` leaves that are not floating; in ``update`` params
-        missing or gradients that do not fit them.
+        not floating, an unknown ``decay_at``; in ``init`` leaves that are not
+        floating; in ``update`` params missing or gradients that do not fit them.
 
     Examples:
       >>> from functools import partial
@@ -315,7 +327,13 @@ def schedule_free(
       Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
     """
     _checks.learning_rate(learning_rate)
+    _checks.choice("decay_at", decay_at, SEQUENCES)
     transformation = optax.with_extra_args_support(base_optimizer)
+
+    def init(z: optax.Params) -> optax.OptState:
+        # Of a copy, since some keep their first params: one buffer in two places of
+        # the state cannot be donated.
+        return transformation.init(jax.tree.map(jnp.copy, z))
 
     def update(
         grads: optax.Updates,
@@ -325,10 +343,10 @@ def schedule_free(
         lr: jax.Array,
         extra_args: dict[str, Any],
     ) -> tuple[optax.Updates, optax.OptState]:
-        return transformation.update(grads, state, iterates.y, **extra_args)
+        return transformation.update(grads, state, iterates.at(decay_at), **extra_args)
 
     return rule(
-        Base(transformation.init, update),
+        Base(init, update, lr_scale),
         of_count(_averaging.scheduled(learning_rate)),
         average or _averaging.polynomial_average(r, weight_lr_power),
         b1,

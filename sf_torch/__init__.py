@@ -6,17 +6,26 @@ References:
 
 from sf_torch._adamw import (
     AdamWScheduleFree,
+    AdamWScheduleFreeAlgoPerf,
     AdamWScheduleFreeClosure,
     AdamWScheduleFreePaper,
     AdamWScheduleFreeReference,
 )
 from sf_torch._follow import follow
+from sf_torch._gpa import GPAAdamW
+from sf_torch._plus import AdamCScheduleFreePlus, AdamCScheduleFreePlusPaper
 from sf_torch._radam import (
     RAdamScheduleFree,
     RAdamScheduleFreeClosure,
     RAdamScheduleFreeReference,
 )
 from sf_torch._record import Recorder, read_record, record
+from sf_torch._refined import (
+    AdamWScheduleFreeRefined,
+    RAdamScheduleFreeRefined,
+    ScheduleFreeWrapperRefined,
+    SGDScheduleFreeRefined,
+)
 from sf_torch._sgd import (
     SGDScheduleFree,
     SGDScheduleFreeClosure,
@@ -29,19 +38,27 @@ from sf_torch.checkpoint import load_checkpoint, save_checkpoint
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdamCScheduleFreePlus",
+    "AdamCScheduleFreePlusPaper",
     "AdamWScheduleFree",
+    "AdamWScheduleFreeAlgoPerf",
     "AdamWScheduleFreeClosure",
     "AdamWScheduleFreePaper",
     "AdamWScheduleFreeReference",
+    "AdamWScheduleFreeRefined",
+    "GPAAdamW",
     "RAdamScheduleFree",
     "RAdamScheduleFreeClosure",
     "RAdamScheduleFreeReference",
+    "RAdamScheduleFreeRefined",
     "Recorder",
     "SGDScheduleFree",
     "SGDScheduleFreeClosure",
     "SGDScheduleFreeReference",
+    "SGDScheduleFreeRefined",
     "ScheduleFreeWrapper",
     "ScheduleFreeWrapperReference",
+    "ScheduleFreeWrapperRefined",
     "follow",
     "load_checkpoint",
     "read_record",

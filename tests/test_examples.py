@@ -107,3 +107,27 @@ def test_a_resumed_character_model_is_the_uninterrupted_one(run, name, tmp_path)
 
     _, out = run(name)
     jax.tree.map(np.testing.assert_array_equal, at_the_end(tmp_path), at_the_end(out))
+
+
+def test_anytime_reports_every_method_at_every_horizon(run):
+    printed, out = run("anytime")
+    assert {p.name for p in out.iterdir()} == {
+        "anytime.png",
+        "anytime.md",
+        "anytime.json",
+    }
+    summary = json.loads((out / "anytime.json").read_text())
+    horizons = [str(h) for h in summary["size"]["horizons"]]
+    assert [row["runs"] for row in summary["table"]] == [1, 1, 1, len(horizons)]
+    for row in summary["table"]:
+        for horizon in horizons:
+            assert 0 < row["mean"][horizon] < 10
+            assert row["spread"][horizon] > 0
+    assert (out / "anytime.md").read_text() in printed
+
+
+def test_the_algoperf_submission_learns(run):
+    _, out = run("algoperf_submission")
+    losses = json.loads((out / "losses.json").read_text())
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.05 * losses[0]
