@@ -24,6 +24,7 @@ from sf_torch._sgd import (
 from sf_torch._wrapper import ScheduleFreeWrapper, ScheduleFreeWrapperReference
 from sf_torch.batchnorm import update_bn
 from sf_torch.checkpoint import load_checkpoint, save_checkpoint
+from sf_torch.distributed import check_modes
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ __all__ = [
     "SGDScheduleFreeReference",
     "ScheduleFreeWrapper",
     "ScheduleFreeWrapperReference",
+    "check_modes",
     "follow",
     "load_checkpoint",
     "save_checkpoint",

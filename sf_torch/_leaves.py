@@ -67,16 +67,19 @@ class Leaves:
             torch._foreach_copy_(stored, copies)
 
 
-def gather(leaves: Iterable[Leaf], b1: float, together: bool) -> Iterator[Leaves]:
+def gather(
+    leaves: Iterable[Leaf], b1: float, together: bool, blocks: bool = True
+) -> Iterator[Leaves]:
     """The leaves in the batches in which they take their step.
 
     ``together=False`` keeps parameters apart, so that what a step needs besides the
-    state is no larger than one of them.
+    state is no larger than one of them. ``blocks=False`` is for compiled code, which
+    fuses a step by itself.
     """
     batches: dict[Any, list[Leaf]] = {}
     sizes: dict[Any, int] = {}
     for number, leaf in enumerate(leaves):
-        z, in_blocks = leaf.state["z"], _in_blocks(leaf.param)
+        z, in_blocks = leaf.state["z"], blocks and leaf.param.device.type == "cpu"
         alike = (leaf.param.device, leaf.param.dtype, z.dtype, *leaf.state)
         key = alike if together else (number,)
         for piece in _slices(leaf) if in_blocks else [leaf]:
@@ -132,11 +135,6 @@ def is_master(z: Tensor, param: Tensor) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a distributed tensor; another tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _in_blocks(param: Tensor) -> bool:
-    # Compiled code fuses a step by itself.
-    return param.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _slices(leaf: Leaf) -> Iterator[Leaf]:

@@ -114,6 +114,7 @@ class ScheduleFreeWrapper(ScheduleFree):
             return zs
         return torch._foreach_add(zs, leaves.ys, alpha=-lr * self.weight_decay_at_y)
 
+    @torch.compiler.disable  # the base's to compile, and each has ways of its own
     def _advance(self, loss: Any, closure: Callable[[], Any] | None) -> None:
         counts = []
         for group in self.param_groups:
