@@ -231,7 +231,8 @@ class ScheduleFree(torch.optim.Optimizer):
         for group in self.param_groups:
             # What older checkpoints, and those of other packages, do not hold.
             for key, value in self.defaults.items():
-                group.setdefault(key, value)
+                if key != "differentiable":  # torch's entry, no option of ours
+                    group.setdefault(key, value)
             group.setdefault("b1", self._beta(group))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """Checkpoints that hold x under "model", ready to serve, and resume at y."""
 
 import os
-import pickle
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,13 @@ from sf_torch._forms import Closure, Reference
 from sf_torch._optimizer import ScheduleFree, saved_states
 
 FORMAT = 1
+PARTS = {
+    "model": dict,
+    "optimizer": dict,
+    "optimizer_training": bool,
+    "training": bool,
+    "extra": dict,
+}
 
 
 def save_checkpoint(
@@ -52,7 +58,7 @@ def save_checkpoint(
         # Made from x and z on loading, y could be a rounding off.
         for index, p, state in saved_states(optimizer, saved):
             if "z" in state:
-                saved["state"][index] = {**state, "y": p.detach()}
+                saved["state"][index] = {"y": p.detach(), **state}
     content = {
         "format": FORMAT,
         "model": optimizer.eval_state_dict(model),
@@ -115,21 +121,24 @@ def load_checkpoint(
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is damaged or holds code, which is never run. Load a file that "
-            "save_checkpoint wrote."
-        ) from error
-    except (RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(
-            f"{path} is damaged: {error}. Load a file that save_checkpoint wrote."
-        ) from error
+    with open(path, "rb") as file:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # as many kinds as there are ways to be damaged
+            raise ValueError(
+                f"{path} is damaged, or holds code, which is never run. Load a file "
+                "that save_checkpoint wrote."
+            ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(
             f"{path} is not a checkpoint of format {FORMAT}. Load a file that "
             "save_checkpoint wrote."
+        )
+    kinds = {key: type(value) for key, value in content.items()}
+    if any(kinds.get(key) is not kind for key, kind in PARTS.items()):
+        raise ValueError(
+            f"{path} is damaged: it holds {kinds}. Load a file that save_checkpoint "
+            "wrote."
         )
     return content
 
