@@ -1,5 +1,7 @@
 """Models, gradients and optimizers that the tests of sf_torch share."""
 
+import functools
+
 import pytest
 import torch
 
@@ -61,3 +63,40 @@ def identical(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(identical, a, b))
     return a == b
+
+
+# RAdam's first steps move nothing unless told otherwise.
+EXTRA = {"RAdam": {"silent_sgd_phase": False}}
+NAMED = {
+    f"{family}ScheduleFree{form}": functools.partial(
+        getattr(sf_torch, f"{family}ScheduleFree{form}"), **EXTRA.get(family, {})
+    )
+    for family in ("SGD", "AdamW", "RAdam")
+    for form in ("", "Reference", "Closure")
+} | {"AdamWScheduleFreePaper": sf_torch.AdamWScheduleFreePaper}
+
+
+def over_adam(wrapper, params, **options):
+    return wrapper(torch.optim.Adam(params, betas=(0.0, 0.99), **options))
+
+
+WRAPPERS = {
+    name: functools.partial(over_adam, getattr(sf_torch, name))
+    for name in ("ScheduleFreeWrapper", "ScheduleFreeWrapperReference")
+}
+ALL = NAMED | WRAPPERS
+every = pytest.mark.parametrize("build", ALL.values(), ids=ALL.keys())
+
+
+def step(model, optimizer, seed):
+    gradients(model, seed)
+    optimizer.step(lambda: gradients(model, seed))
+
+
+def started(build, model, steps=0, **options):
+    optimizer = build(model.parameters(), **{"lr": 0.1, **options})
+    if not type(optimizer).__name__.endswith("Closure"):
+        optimizer.train()
+    for seed in range(steps):
+        step(model, optimizer, seed)
+    return optimizer
