@@ -5,11 +5,15 @@ are set on import.
 """
 
 import os
+import shutil
 
 # Tests are about the CPU unless told otherwise: JAX_PLATFORMS=cuda make test.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # A Matplotlib that never looks for a display.
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Without a GPU the fused kernel of sf_torch runs in Triton's interpreter.
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Sharding tests want a mesh; eight virtual devices make one on any machine.
 _FLAG = "--xla_force_host_platform_device_count"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
@@ -30,3 +34,7 @@ hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500
 hypothesis.settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "desk")
 )
+
+# They have no examples that run by themselves, and importing them for doctests would
+# import Lightning and Transformers, which are optional and take seconds.
+collect_ignore = ["sf_torch/lightning.py", "sf_torch/transformers.py"]

@@ -119,6 +119,7 @@ class AdamWScheduleFree(ScheduleFree):
             eps=group["eps"],
             inner_momentum=b,
             momentum_correction=one_minus_power(b, k),
+            steps=k + 1,
         )
 
 
@@ -150,7 +151,7 @@ class AdamWScheduleFreePaper(AdamWScheduleFree):
         return super()._step_size(group) * correction**0.5
 
     def _base_step(self, group: Group, lr: float) -> BaseStep:
-        return super()._base_step(group, lr)._replace(correction=1.0)
+        return super()._base_step(group, lr)._replace(correction=1.0, steps=None)
 
 
 class AdamWScheduleFreeReference(Reference, AdamWScheduleFree):

@@ -58,6 +58,7 @@ class BaseStep(NamedTuple):
     divides: bool = True
     inner_momentum: float = 0.0  # b; 0: no m
     momentum_correction: Any = 1.0
+    steps: int | None = None  # k + 1 where both corrections are 1 - b^(k + 1)
 
 
 def as_tensors(base: BaseStep, scalars: Scalars) -> tuple[BaseStep, Scalars]:
@@ -66,7 +67,10 @@ def as_tensors(base: BaseStep, scalars: Scalars) -> tuple[BaseStep, Scalars]:
     numbers = torch.tensor(changing, dtype=torch.float64).unbind()
     lr, correction, momentum_correction, ckp1 = numbers
     base = base._replace(
-        lr=lr, correction=correction, momentum_correction=momentum_correction
+        lr=lr,
+        correction=correction,
+        momentum_correction=momentum_correction,
+        steps=None,
     )
     return base, scalars._replace(lr=lr, ckp1=ckp1)
 
@@ -81,15 +85,16 @@ def interpolate_y(xs: Tensors, zs: Tensors, b1: float) -> Tensors:
     return torch._foreach_lerp(zs, xs, b1)
 
 
-def move_y(ys: Tensors, zs: Tensors, new_zs: Tensors, scalars: Scalars) -> None:
-    """The lean update of y in place.
+def move_y(ys: Tensors, old_zs: Tensors, zs: Tensors, scalars: Scalars) -> None:
+    """The lean update of y in place; old_zs end as z' - z.
 
     Through z' - z as z' was rounded, and not through u, its equal on paper: else the
     rounding of z would part y from z for good.
     """
     to_z, to_step = lean_coefficients(scalars)
-    _lerp_(ys, zs, to_z)
-    _add_scaled_(ys, torch._foreach_sub(new_zs, zs), to_step)
+    _lerp_(ys, old_zs, to_z)
+    torch._foreach_sub_(old_zs, zs)
+    _add_scaled_(ys, old_zs, -to_step)
 
 
 def lean_coefficients(scalars: Scalars) -> tuple[float, float]:
@@ -99,13 +104,16 @@ def lean_coefficients(scalars: Scalars) -> tuple[float, float]:
     return ckp1 + turn * (1 - ckp1), 1 - next_b1 * (1 - ckp1)
 
 
-def move_x(xs: Tensors, new_zs: Tensors, ckp1: Number) -> None:
+def move_x(xs: Tensors, zs: Tensors, ckp1: Number) -> None:
     """The average in place."""
-    _lerp_(xs, new_zs, ckp1)
+    _lerp_(xs, zs, ckp1)
 
 
-def move_z(leaves: "Leaves", step: BaseStep) -> Tensors:
-    """z' as new tensors; moves the moments."""
+def move_z(leaves: "Leaves", step: BaseStep) -> None:
+    """z and the moments in place."""
+    if step.steps is not None and step.b2 is not None and _has_fused_adam(leaves):
+        _fused_adam(leaves, step)
+        return
     directions = leaves.grads
     if step.inner_momentum:
         means = leaves.moments["exp_avg"]
@@ -122,7 +130,48 @@ def move_z(leaves: "Leaves", step: BaseStep) -> Tensors:
     if step.weight_decay:
         at = leaves.at(step.decay_at)
         directions = torch._foreach_add(directions, at, alpha=step.weight_decay)
-    return _added(leaves.zs, directions, -step.lr)
+    _add_scaled_(leaves.zs, directions, -step.lr)
+
+
+def _has_fused_adam(leaves: "Leaves") -> bool:
+    """Whether PyTorch's own one-pass Adam for CPUs takes these tensors."""
+    g, z = leaves.grads[0], leaves.zs[0]
+    return (
+        leaves.dense  # the kernel does not look at strides
+        and z.device.type == "cpu"
+        and g.dtype == z.dtype == torch.float32
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _fused_adam(leaves: "Leaves", step: BaseStep) -> None:
+    v, b = list(leaves.moments["exp_avg_sq"]), step.inner_momentum
+    # Without momentum the kernel still writes one.
+    means = leaves.moments["exp_avg"] if b else leaves.spare("mean")
+    targets, lr = leaves.zs, step.lr
+    if step.weight_decay:
+        # From zero, so that decay joins before z is rounded, and only once.
+        targets, lr = leaves.spare("step"), step.lr
+        torch._foreach_zero_(targets)
+        at = leaves.at(step.decay_at)
+    torch._fused_adam_(
+        targets,
+        leaves.grads,
+        means,
+        v,
+        [],
+        [torch.tensor(float(step.steps or 0))] * len(v),
+        lr=lr,
+        beta1=b,
+        beta2=step.b2 or 0.0,
+        weight_decay=0.0,
+        eps=step.eps,
+        amsgrad=False,
+        maximize=False,
+    )
+    if step.weight_decay:
+        torch._foreach_add_(targets, at, alpha=-lr * step.weight_decay)
+        torch._foreach_add_(leaves.zs, targets)
 
 
 def move_mean(means: Tensors, values: Tensors, b: float) -> None:
@@ -139,13 +188,6 @@ def _squared(grads: Tensors) -> Tensors:
     if grads[0].is_complex():
         return [g.real.square() + g.imag.square() for g in grads]
     return torch._foreach_mul(grads, grads)
-
-
-def _added(tensors: Tensors, others: Tensors, scale: Number) -> Tensors:
-    """``tensor + scale other``, as new tensors."""
-    if isinstance(scale, Tensor):
-        return torch._foreach_add(tensors, _scaled(others, scale))
-    return torch._foreach_add(tensors, others, alpha=scale)
 
 
 def _add_scaled_(tensors: Tensors, others: Tensors, scale: Number) -> None:

@@ -7,7 +7,7 @@ large kernels. Arithmetic is done in the widest dtype of parameter and state, at
 float32, on copies where a tensor is narrower than that.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from sf_torch import _kernels
-from sf_torch._kernels import Tensors
+from sf_torch._kernels import Scalars, Tensors
 
-BLOCK = 2**15
-"""Elements of a block: some eight arrays of float32 in a megabyte of cache."""
+BLOCK = 2**17
+"""Elements of a block: half a megabyte of float32 an array."""
 
 
 @dataclass
@@ -28,6 +28,32 @@ class Leaf:
     param: Tensor
     grad: Tensor
     state: dict[str, Tensor]  # z; x and y where they are stored; moments
+
+
+class Scratch:
+    """Memory for the length of a step: on a CPU one block's, used again for the next.
+
+    Fresh memory comes page by page from the operating system there, which takes
+    longer than the arithmetic done in it.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, Tensor] = {}
+
+    def like(self, tensors: Tensors, name: str) -> Tensors:
+        if not _in_blocks(tensors[0]):
+            return [torch.empty_like(t) for t in tensors]
+        total = sum(t.numel() for t in tensors)
+        key = (name, tensors[0].dtype)
+        if key not in self._kept or self._kept[key].numel() < total:
+            self._kept[key] = tensors[0].new_empty(max(total, BLOCK))
+        memory, result, start = self._kept[key], [], 0
+        for t in tensors:
+            part = memory[start : start + t.numel()]
+            # In t's own layout, where it is not a slice of one.
+            result.append(part.as_strided(t.shape, t.stride(), part.storage_offset()))
+            start += t.numel()
+        return result
 
 
 @dataclass
@@ -43,6 +69,8 @@ class Leaves:
     moments: dict[str, Tensors]
     kept_ys: Tensors | None  # y where the state keeps it too
     narrow: list[tuple[Tensors, Tensors]]  # (what is stored, its wide copy)
+    dense: bool  # each parameter's arrays have their elements in one order, no gaps
+    scratch: Scratch
 
     def at(self, name: str) -> Tensors:
         """x, y or z before the step."""
@@ -50,15 +78,22 @@ class Leaves:
             return self.xs or _kernels.recover_x(self.ys, self.zs, self.b1)
         return self.ys if name == "y" else self.zs
 
-    def advance(self, new_zs: Tensors, scalars: _kernels.Scalars) -> None:
-        """Moves z to new_zs, and x and y with it, and writes them where they stay."""
+    def spare(self, name: str) -> Tensors:
+        """Memory like z for what a step needs besides its arrays."""
+        return self.scratch.like(self.zs, name)
+
+    def advance(self, move_z: Callable[["Leaves"], None], scalars: Scalars) -> None:
+        """Moves z, then x and y with it, and writes them where they stay."""
         if self.xs is None:
-            _kernels.move_y(self.ys, self.zs, new_zs, scalars)
+            old_zs = self.spare("old z")
+            torch._foreach_copy_(old_zs, self.zs)
+            move_z(self)
+            _kernels.move_y(self.ys, old_zs, self.zs, scalars)
             ys = self.ys
         else:
-            _kernels.move_x(self.xs, new_zs, scalars.ckp1)
-            ys = _kernels.interpolate_y(self.xs, new_zs, scalars.next_b1)
-        torch._foreach_copy_(self.zs, new_zs)
+            move_z(self)
+            _kernels.move_x(self.xs, self.zs, scalars.ckp1)
+            ys = _kernels.interpolate_y(self.xs, self.zs, scalars.next_b1)
         if ys is not self.params:
             torch._foreach_copy_(self.params, ys)
         if self.kept_ys is not None:
@@ -78,24 +113,26 @@ def gather(
     """
     batches: dict[Any, list[Leaf]] = {}
     sizes: dict[Any, int] = {}
+    scratch = Scratch()
     for number, leaf in enumerate(leaves):
-        z, in_blocks = leaf.state["z"], blocks and leaf.param.device.type == "cpu"
-        alike = (leaf.param.device, leaf.param.dtype, z.dtype, *leaf.state)
-        key = alike if together else (number,)
-        for piece in _slices(leaf) if in_blocks else [leaf]:
+        z, in_blocks = leaf.state["z"], blocks and _in_blocks(leaf.param)
+        dense = same_layout([leaf.param, leaf.grad, *leaf.state.values()])
+        alike = (dense, leaf.param.device, leaf.param.dtype, z.dtype, *leaf.state)
+        key = alike if together else (dense, number)
+        for piece in _slices(leaf) if in_blocks and dense else [leaf]:
             size = piece.param.numel()
             if in_blocks and sizes.get(key, 0) + size > BLOCK and key in batches:
-                yield _batch(batches.pop(key), b1)
+                yield _batch(batches.pop(key), b1, dense, scratch)
                 del sizes[key]
             batches.setdefault(key, []).append(piece)
             sizes[key] = sizes.get(key, 0) + size
         if not together and key in batches:
-            yield _batch(batches.pop(key), b1)
-    for batch in batches.values():
-        yield _batch(batch, b1)
+            yield _batch(batches.pop(key), b1, dense, scratch)
+    for (dense, *_), batch in batches.items():
+        yield _batch(batch, b1, dense, scratch)
 
 
-def _batch(leaves: list[Leaf], b1: float) -> Leaves:
+def _batch(leaves: list[Leaf], b1: float, dense: bool, scratch: Scratch) -> Leaves:
     first = leaves[0]
     dtype = torch.promote_types(first.param.dtype, first.state["z"].dtype)
     dtype = torch.promote_types(dtype, torch.float32)
@@ -124,7 +161,9 @@ def _batch(leaves: list[Leaf], b1: float) -> Leaves:
         key: wide(state(key)) for key in first.state if key not in ("x", "y", "z")
     }
     kept_ys = state("y") if "y" in first.state else None
-    return Leaves(params, grads, ys, zs, xs, b1, moments, kept_ys, narrow)
+    return Leaves(
+        params, grads, ys, zs, xs, b1, moments, kept_ys, narrow, dense, scratch
+    )
 
 
 def is_master(z: Tensor, param: Tensor) -> bool:
@@ -137,14 +176,16 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def _in_blocks(param: Tensor) -> bool:
+    # Compiled code fuses a step by itself.
+    return param.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _slices(leaf: Leaf) -> Iterator[Leaf]:
     if leaf.param.numel() <= BLOCK:
         yield leaf
         return
     tensors = [leaf.param, leaf.grad, *leaf.state.values()]
-    if not same_layout(tensors):
-        yield leaf
-        return
     flat = [t.as_strided((t.numel(),), (1,)) for t in tensors]
     for param, grad, *states in zip(*(t.split(BLOCK) for t in flat), strict=True):
         yield Leaf(param, grad, dict(zip(leaf.state, states, strict=True)))

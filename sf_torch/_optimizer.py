@@ -16,6 +16,7 @@ References:
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from sf_torch._averaging import (
     to_device,
     warmed_up,
 )
-from sf_torch._kernels import BaseStep, Scalars, Tensors
+from sf_torch._kernels import BaseStep, Scalars
 from sf_torch._leaves import Leaf, Leaves, gather, is_master, local
 
 
@@ -60,9 +61,9 @@ class ScheduleFree(torch.optim.Optimizer):
         """How z moves, in numbers."""
         raise NotImplementedError
 
-    def _move_z(self, group: Group, leaves: Leaves, lr: float) -> Tensors:
-        """z', as new tensors; moves the moments."""
-        return _kernels.move_z(leaves, self._base_step(group, lr))
+    def _move_z(self, group: Group, leaves: Leaves, lr: float) -> None:
+        """z and the moments in place."""
+        _kernels.move_z(leaves, self._base_step(group, lr))
 
     # Modes
 
@@ -308,7 +309,7 @@ class ScheduleFree(torch.optim.Optimizer):
         if torch.compiler.is_compiling():
             for batches, base, scalars in self._to_compile():
                 for batch in batches:
-                    batch.advance(_kernels.move_z(batch, base), scalars)
+                    batch.advance(partial(_kernels.move_z, step=base), scalars)
         else:
             for group in self.param_groups:
                 self._step_group(group)
@@ -347,7 +348,9 @@ class ScheduleFree(torch.optim.Optimizer):
         if together is None:
             together = any(leaf.param.device.type != "cpu" for leaf in others)
         for batch in gather(others, group["b1"], together):
-            batch.advance(self._move_z(group, batch, scalars.lr), scalars)
+            batch.advance(
+                lambda leaves: self._move_z(group, leaves, scalars.lr), scalars
+            )
         self._end_step(group, scalars)
 
     def _leaf(self, p: Tensor, group: Group) -> Leaf:
@@ -356,12 +359,12 @@ class ScheduleFree(torch.optim.Optimizer):
         return Leaf(local(p.detach()), local(p.grad), state)
 
     def _fuses(self, group: Group) -> bool:
-        if group["fused"] is None:
+        if group["fused"] is None and not group["capturable"]:
             # Triton's interpreter is for tests, which ask for it.
             return not group["foreach"] and all(
                 p.is_cuda and _fused.works_on(p.device) for p in group["params"]
             )
-        return group["fused"]
+        return group["fused"] or group["capturable"]
 
     def _captures(self, group: Group) -> bool:
         return group["capturable"]

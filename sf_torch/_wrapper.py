@@ -17,7 +17,6 @@ from torch import Tensor
 from sf_torch import _averaging, _checks, _kernels
 from sf_torch._averaging import Group
 from sf_torch._forms import Reference
-from sf_torch._kernels import Tensors
 from sf_torch._leaves import Leaves, is_master, local
 from sf_torch._optimizer import ScheduleFree, bookkeeping, restore_dtypes, wide
 
@@ -108,11 +107,11 @@ class ScheduleFreeWrapper(ScheduleFree):
     def _captures(self, group: Group) -> bool:
         return False
 
-    def _move_z(self, group: Group, leaves: Leaves, lr: float) -> Tensors:
+    def _move_z(self, group: Group, leaves: Leaves, lr: float) -> None:
         zs = leaves.moments[MOVED]
-        if not self.weight_decay_at_y:
-            return zs
-        return torch._foreach_add(zs, leaves.ys, alpha=-lr * self.weight_decay_at_y)
+        if self.weight_decay_at_y:
+            torch._foreach_add_(zs, leaves.ys, alpha=-lr * self.weight_decay_at_y)
+        torch._foreach_copy_(leaves.zs, zs)
 
     @torch.compiler.disable  # the base's to compile, and each has ways of its own
     def _advance(self, loss: Any, closure: Callable[[], Any] | None) -> None:

@@ -1,0 +1,211 @@
+"""The fused kernel takes the same step as the plain form, in one launch.
+
+Without a GPU it runs in Triton's interpreter (see conftest.py), which shows that its
+logic is right; its speed and its code for GPUs need one.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+
+import sf_torch
+from sf_torch import _fused
+
+pytest.importorskip("triton", reason="Triton is not installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if not _fused.works_on(torch.device(DEVICE)):
+    pytest.skip("neither CUDA nor TRITON_INTERPRET=1", allow_module_level=True)
+
+SHAPES = [(9, 5), (7,), (), (0, 3), (33, 40), (2, 3, 4, 5)]
+OPTIMIZERS = {
+    "sgd": partial(sf_torch.SGDScheduleFree, lr=0.5, warmup_steps=3),
+    "sgd_decay_at_x": partial(
+        sf_torch.SGDScheduleFree, lr=0.5, weight_decay=0.1, decay_at="x"
+    ),
+    "sgd_stored": partial(sf_torch.SGDScheduleFree, lr=0.5, store_x=True),
+    "sgd_reference": partial(sf_torch.SGDScheduleFreeReference, lr=0.5),
+    "adamw": partial(
+        sf_torch.AdamWScheduleFree, lr=0.02, weight_decay=0.1, warmup_steps=3
+    ),
+    "adamw_momentum": partial(
+        sf_torch.AdamWScheduleFree,
+        lr=0.02,
+        inner_momentum=0.9,
+        weight_decay=0.1,
+        decay_at="z",
+    ),
+    "adamw_beta_0": partial(sf_torch.AdamWScheduleFree, lr=0.02, betas=(0.0, 0.99)),
+    "adamw_paper": partial(sf_torch.AdamWScheduleFreePaper, lr=0.02),
+    "radam": partial(sf_torch.RAdamScheduleFree, lr=0.02, weight_decay=0.1),
+    "radam_sgd": partial(sf_torch.RAdamScheduleFree, lr=0.02, silent_sgd_phase=False),
+}
+
+
+def make_params(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(s, generator=generator).to(DEVICE, dtype) for s in SHAPES]
+    # One that fills its memory in another order, one that begins off alignment.
+    params[-1] = params[-1].to(memory_format=torch.channels_last)
+    params[1] = torch.empty(8, dtype=dtype, device=DEVICE)[1:].copy_(params[1])
+    return [torch.nn.Parameter(p) for p in params]
+
+
+def train(make, dtype=torch.float32, steps=8, **options):
+    """y and x (float32) at the end, and the optimizer."""
+    params = make_params(dtype)
+    optimizer = make(params, **options)
+    optimizer.train()
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        for p in params:
+            grad = torch.randn(p.shape, generator=generator)
+            p.grad = grad.to(DEVICE, dtype)
+        optimizer.step()
+    return params, optimizer.eval_params(torch.float32), optimizer
+
+
+def assert_close(ours, theirs, tolerance):
+    for a, b in zip(ours, theirs, strict=True):
+        scale = max(1.0, float(b.detach().abs().max())) if b.numel() else 1.0
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_fused_takes_the_same_steps(name, dtype, capturable):
+    make = OPTIMIZERS[name]
+    y, x, _ = train(make, dtype, fused=True, capturable=capturable)
+    plain_y, plain_x, _ = train(make, dtype, fused=False)
+    # Eight roundings of float32, and for y in bfloat16 one of its own.
+    assert_close(x, plain_x, 8 * 2**-24)
+    assert_close(y, plain_y, 8 * 2**-24 if dtype == torch.float32 else 2**-7)
+
+
+def test_a_changing_interpolation():
+    steps = 6
+
+    def run(fused):
+        params = make_params()
+        optimizer = OPTIMIZERS["adamw"](params, fused=fused)
+        optimizer.train()
+        for k in range(steps):
+            optimizer.param_groups[0]["betas"] = (0.9 + 0.01 * k, 0.999)
+            for p in params:
+                p.grad = torch.cos(p.detach() + k)
+            optimizer.step()
+        return optimizer.eval_params()
+
+    assert_close(run(True), run(False), 8 * 2**-24)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The arguments of every launch."""
+    seen = []
+
+    class Spy:
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                seen.append(options)
+                return kernel[grid](*args, **options)
+
+            return launch
+
+    kernel = _fused.kernel
+    monkeypatch.setattr(_fused, "kernel", Spy())
+    return seen
+
+
+def test_one_launch_for_all_that_is_alike(launches):
+    params = [torch.nn.Parameter(torch.ones(5, device=DEVICE)) for _ in range(50)]
+    optimizer = sf_torch.AdamWScheduleFree(params, fused=True)
+    optimizer.train()
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert len(launches) == 1
+
+
+def test_nothing_is_compiled_anew_as_the_numbers_change(launches):
+    train(OPTIMIZERS["adamw"], steps=6, fused=True)
+    assert len({str(sorted(options.items())) for options in launches}) == 2
+    assert len(launches) == 2 * 6  # aligned and not
+
+
+def test_tensors_without_a_common_layout_take_the_plain_step():
+    def run(fused):
+        p = torch.nn.Parameter(torch.ones(4, 6, device=DEVICE)[:, ::2])
+        optimizer = sf_torch.SGDScheduleFree([p], lr=0.1, fused=fused)
+        optimizer.train()
+        p.grad = torch.arange(12.0, device=DEVICE).reshape(3, 4).T
+        optimizer.step()
+        return p.detach()
+
+    torch.testing.assert_close(run(True), run(False))
+
+
+def test_gradients_are_left_as_they_were():
+    params, _, _ = train(OPTIMIZERS["adamw"], steps=1, fused=True)
+    generator = torch.Generator().manual_seed(1)
+    for p in params:
+        expected = torch.randn(p.shape, generator=generator).to(DEVICE)
+        torch.testing.assert_close(p.grad, expected, rtol=0, atol=0)
+
+
+def test_counters_of_a_capturable_optimizer_move_in_place():
+    p = torch.nn.Parameter(torch.ones(3, device=DEVICE))
+    optimizer = sf_torch.AdamWScheduleFree([p], capturable=True)
+    optimizer.train()
+    seen = []
+    for _ in range(3):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        seen.append(optimizer.param_groups[0]["k"])
+    assert all(k is seen[0] for k in seen)
+    assert seen[0] == 3
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="a CUDA graph needs a GPU")
+def test_a_cuda_graph_replays_the_step():
+    params = [torch.nn.Parameter(torch.ones(5, device="cuda"))]
+    twin = [torch.nn.Parameter(torch.ones(5, device="cuda"))]
+    optimizer = sf_torch.AdamWScheduleFree(params, capturable=True)
+    plain = sf_torch.AdamWScheduleFree(twin)
+    optimizer.train()
+    plain.train()
+    for p in params + twin:
+        p.grad = torch.full_like(p, 0.5)
+    optimizer.step()  # makes the state
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for _ in range(4):
+        graph.replay()
+    # The capture itself moves nothing.
+    for _ in range(5):
+        plain.step()
+    assert_close(optimizer.eval_params(), plain.eval_params(), 8 * 2**-24)
+
+
+BAD = [
+    ({"fused": True, "foreach": True}, "foreach=True"),
+    ({"capturable": True, "fused": False}, "fused=False"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_options_that_exclude_each_other(options, message):
+    with pytest.raises(ValueError, match=message):
+        sf_torch.AdamWScheduleFree([torch.ones(2, device=DEVICE)], **options)
+
+
+@pytest.mark.parametrize("option", ["fused", "capturable"])
+def test_refused_where_it_cannot_work(option, monkeypatch):
+    double = torch.ones(2, dtype=torch.float64, device=DEVICE)
+    with pytest.raises(ValueError, match=f"{option}=True needs.*float64"):
+        sf_torch.AdamWScheduleFree([double], **{option: True})
+    monkeypatch.setattr(_fused, "works_on", lambda device: False)
+    with pytest.raises(ValueError, match=f"{option}=True needs.*Leave it out"):
+        sf_torch.SGDScheduleFree([torch.ones(2)], **{option: True})
