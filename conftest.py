@@ -34,3 +34,7 @@ hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500
 hypothesis.settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "desk")
 )
+
+# They have no examples that run by themselves, and importing them for doctests would
+# import Lightning and Transformers, which are optional and take seconds.
+collect_ignore = ["sf_torch/lightning.py", "sf_torch/transformers.py"]

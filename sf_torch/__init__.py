@@ -34,6 +34,7 @@ from sf_torch._sgd import (
 from sf_torch._wrapper import ScheduleFreeWrapper, ScheduleFreeWrapperReference
 from sf_torch.batchnorm import update_bn
 from sf_torch.checkpoint import load_checkpoint, save_checkpoint
+from sf_torch.distributed import check_modes
 
 __version__ = "0.1.0"
 
@@ -59,6 +60,7 @@ __all__ = [
     "ScheduleFreeWrapper",
     "ScheduleFreeWrapperReference",
     "ScheduleFreeWrapperRefined",
+    "check_modes",
     "follow",
     "load_checkpoint",
     "read_record",

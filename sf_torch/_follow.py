@@ -1,30 +1,52 @@
-"""``model.train()`` and ``model.eval()`` that switch the optimizer too."""
+"""``model.train()`` and ``model.eval()`` that switch optimizers too."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from sf_torch._optimizer import ScheduleFree
 
 
+class _Train:
+    """Stands in for the ``train`` of one model, which ``eval`` calls as well."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self.optimizers: list[ScheduleFree] = []
+
+    def __call__(self, mode: bool = True) -> torch.nn.Module:
+        for optimizer in self.optimizers:
+            optimizer._switch(mode)
+        return type(self.model).train(self.model, mode)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        # A copy of the model, and a pickled one, has a plain train of its own: it
+        # neither brings a copy of the optimizer along nor switches ours.
+        return getattr, (self.model, "train")
+
+
 class Follower:
-    """What :func:`follow` returns; stands in for the model's ``train``."""
+    """What :func:`follow` returns: one optimizer's tie to one model."""
 
     def __init__(self, model: torch.nn.Module, optimizer: ScheduleFree) -> None:
         self.model = model
         self.optimizer = optimizer
 
-    def __call__(self, mode: bool = True) -> torch.nn.Module:
-        self.optimizer._switch(mode)
-        return type(self.model).train(self.model, mode)
-
     def remove(self) -> None:
-        """From now on the model's mode is its own again."""
-        self.model.__dict__.pop("train", None)
+        """From now on the model's mode is not the optimizer's any more."""
+        train = self.model.__dict__.get("train")
+        if isinstance(train, _Train) and self.optimizer in train.optimizers:
+            train.optimizers.remove(self.optimizer)
+            if not train.optimizers:
+                del self.model.__dict__["train"]
 
 
 def follow(model: torch.nn.Module, optimizer: ScheduleFree) -> Follower:
     """From now on ``model.train()`` and ``model.eval()`` switch the optimizer too.
 
-    The optimizer takes the model's present mode at once.
+    The optimizer takes the model's present mode at once. Several optimizers may follow
+    one model. A deep copy of the model, or a pickled one, is followed by none.
 
     Args:
       model: the module whose parameters the optimizer moves.
@@ -43,7 +65,10 @@ def follow(model: torch.nn.Module, optimizer: ScheduleFree) -> Follower:
       False
       >>> handle.remove()
     """
-    follower = Follower(model, optimizer)
-    model.__dict__["train"] = follower
+    train = model.__dict__.get("train")
+    if not isinstance(train, _Train):
+        train = model.__dict__["train"] = _Train(model)
+    if optimizer not in train.optimizers:
+        train.optimizers.append(optimizer)
     optimizer._switch(model.training)
-    return follower
+    return Follower(model, optimizer)

@@ -58,4 +58,5 @@ class Closure(ScheduleFree):
                 "Closure in its name."
             )
         with self.train_mode():
-            return super().step(closure)
+            # By its name: the class between may carry torch's step hooks as well.
+            return ScheduleFree.step(self, closure)

@@ -15,7 +15,7 @@ References:
   Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,11 +27,16 @@ Tensors = list[Tensor] | tuple[Tensor, ...]
 """Tensors of one device and dtype, one for each parameter."""
 
 
+Number = float | Tensor
+"""A float, or where it changes in a compiled step a () tensor: else each value would
+be a new program."""
+
+
 class Scalars(NamedTuple):
     """The numbers of one step of a parameter group."""
 
-    lr: float  # lr_k: the step size, as the averaging weight sees it
-    ckp1: float  # c_k: how much of z' enters x
+    lr: Any  # lr_k: the step size, as the averaging weight sees it; a Number
+    ckp1: Any  # c_k: how much of z' enters x; a Number
     b1: float  # β: what the present y was formed with
     next_b1: float  # β': what the next y is formed with
 
@@ -44,15 +49,15 @@ class BaseStep(NamedTuple):
     z' = z - lr (ĝ / (sqrt(v / correction) + eps) + λ p)     or without the division
     """
 
-    lr: float
+    lr: Any  # a Number, as the two corrections are
     weight_decay: float  # λ
     decay_at: str  # which of x, y, z before the step is p
     b2: float | None = None  # None: no v
-    correction: float = 1.0
+    correction: Any = 1.0
     eps: float = 0.0
     divides: bool = True
     inner_momentum: float = 0.0  # b; 0: no m
-    momentum_correction: float = 1.0
+    momentum_correction: Any = 1.0
     steps: int | None = None  # k + 1 where both corrections are 1 - b^(k + 1)
 
     @property
@@ -62,6 +67,20 @@ class BaseStep(NamedTuple):
         The smallest normal float32 changes no root of a v that is not 0.
         """
         return max(self.eps, torch.finfo(torch.float32).tiny)
+
+
+def as_tensors(base: BaseStep, scalars: Scalars) -> tuple[BaseStep, Scalars]:
+    """The same with those that change from step to step as () tensors."""
+    changing = (base.lr, base.correction, base.momentum_correction, scalars.ckp1)
+    numbers = torch.tensor(changing, dtype=torch.float64).unbind()
+    lr, correction, momentum_correction, ckp1 = numbers
+    base = base._replace(
+        lr=lr,
+        correction=correction,
+        momentum_correction=momentum_correction,
+        steps=None,
+    )
+    return base, scalars._replace(lr=lr, ckp1=ckp1)
 
 
 def recover_x(ys: Tensors, zs: Tensors, b1: float) -> Tensors:
@@ -82,12 +101,11 @@ def move_y(ys: Tensors, old_zs: Tensors, zs: Tensors, scalars: Scalars) -> None:
     rounding of y is one of x, times 1 / β, and they add up.
     """
     to_z, to_step = lean_coefficients(scalars)
-    if to_step == 0:
-        return  # β = 1 and c = 0: y is x, which stays
     moves = torch._foreach_sub(old_zs, ys)
     torch._foreach_sub_(old_zs, zs)
-    torch._foreach_add_(old_zs, moves, alpha=-to_z / to_step)
-    torch._foreach_add_(ys, old_zs, alpha=-to_step)
+    torch._foreach_mul_(moves, to_z)
+    _add_scaled_(moves, old_zs, -to_step)
+    torch._foreach_add_(ys, moves)
 
 
 def lean_coefficients(scalars: Scalars) -> tuple[float, float]:
@@ -97,9 +115,9 @@ def lean_coefficients(scalars: Scalars) -> tuple[float, float]:
     return ckp1 + turn * (1 - ckp1), 1 - next_b1 * (1 - ckp1)
 
 
-def move_x(xs: Tensors, zs: Tensors, ckp1: float) -> None:
+def move_x(xs: Tensors, zs: Tensors, ckp1: Number) -> None:
     """The average in place."""
-    torch._foreach_lerp_(xs, zs, ckp1)
+    _lerp_(xs, zs, ckp1)
 
 
 def move_z(leaves: "Leaves", step: BaseStep) -> None:
@@ -111,19 +129,19 @@ def move_z(leaves: "Leaves", step: BaseStep) -> None:
     if step.inner_momentum:
         means = leaves.moments["exp_avg"]
         move_mean(means, leaves.grads, step.inner_momentum)
-        directions = torch._foreach_div(means, step.momentum_correction)
+        directions = _divided(means, step.momentum_correction)
     if step.b2 is not None:
         v = leaves.moments["exp_avg_sq"]
         move_mean(v, _squared(leaves.grads), step.b2)
         if step.divides:
-            roots = torch._foreach_div(v, step.correction)
+            roots = _divided(v, step.correction)
             torch._foreach_sqrt_(roots)
             torch._foreach_add_(roots, step.positive_eps)
             directions = torch._foreach_div(directions, roots)
     if step.weight_decay:
         at = leaves.at(step.decay_at)
         directions = torch._foreach_add(directions, at, alpha=step.weight_decay)
-    torch._foreach_add_(leaves.zs, directions, alpha=-step.lr)
+    _add_scaled_(leaves.zs, directions, -step.lr)
 
 
 def _has_fused_adam(leaves: "Leaves") -> bool:
@@ -195,3 +213,32 @@ def _squared(grads: Tensors) -> Tensors:
     if grads[0].is_complex():
         return [g.real.square() + g.imag.square() for g in grads]
     return torch._foreach_mul(grads, grads)
+
+
+def _add_scaled_(tensors: Tensors, others: Tensors, scale: Number) -> None:
+    if isinstance(scale, Tensor):
+        torch._foreach_add_(tensors, _scaled(others, scale))
+    else:
+        torch._foreach_add_(tensors, others, alpha=scale)
+
+
+def _lerp_(tensors: Tensors, others: Tensors, weight: Number) -> None:
+    if isinstance(weight, Tensor):
+        for tensor, other in zip(tensors, others, strict=True):
+            # Exactly other where the weight is 1, as lerp has it.
+            way = other - tensor
+            from_other = other - way * (1 - weight)
+            tensor.copy_(torch.where(weight < 0.5, tensor + way * weight, from_other))
+    else:
+        torch._foreach_lerp_(tensors, others, weight)
+
+
+def _divided(tensors: Tensors, divisor: Number) -> Tensors:
+    if isinstance(divisor, Tensor):
+        return [(t / divisor).to(t.dtype) for t in tensors]
+    return torch._foreach_div(tensors, divisor)
+
+
+def _scaled(tensors: Tensors, scale: Tensor) -> list[Tensor]:
+    # Without the cast a float64 number would widen tensors that are () too.
+    return [(t * scale).to(t.dtype) for t in tensors]

@@ -102,17 +102,20 @@ class Leaves:
             torch._foreach_copy_(stored, copies)
 
 
-def gather(leaves: Iterable[Leaf], b1: float, together: bool) -> Iterator[Leaves]:
+def gather(
+    leaves: Iterable[Leaf], b1: float, together: bool, blocks: bool = True
+) -> Iterator[Leaves]:
     """The leaves in the batches in which they take their step.
 
     ``together=False`` keeps parameters apart, so that what a step needs besides the
-    state is no larger than one of them.
+    state is no larger than one of them. ``blocks=False`` is for compiled code, which
+    fuses a step by itself.
     """
     batches: dict[Any, list[Leaf]] = {}
     sizes: dict[Any, int] = {}
     scratch = Scratch()
     for number, leaf in enumerate(leaves):
-        z, in_blocks = leaf.state["z"], _in_blocks(leaf.param)
+        z, in_blocks = leaf.state["z"], blocks and _in_blocks(leaf.param)
         dense = same_layout([leaf.param, leaf.grad, *leaf.state.values()])
         alike = (dense, leaf.param.device, leaf.param.dtype, z.dtype, *leaf.state)
         key = alike if together else (dense, number)

@@ -16,6 +16,7 @@ References:
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,8 +106,22 @@ class ScheduleFree(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["train_mode"] != training:
                 for p in group["params"]:
-                    p.copy_(self._y(p, group) if training else self._x(p, group))
+                    self._to_y(p, group) if training else self._to_x(p, group)
                 group["train_mode"] = training
+
+    def _to_x(self, p: Tensor, group: Group) -> None:
+        x, state = self._x(p, group), self.state.get(p)
+        if state and "z" in state and "x" not in state:
+            # Made anew from x and z, y would be a rounding off, and another one at the
+            # next switch.
+            state["y"] = p.detach().clone()
+        p.copy_(x)
+
+    def _to_y(self, p: Tensor, group: Group) -> None:
+        p.copy_(self._y(p, group))
+        state = self.state.get(p)
+        if state and "x" not in state:
+            state.pop("y", None)
 
     @torch.no_grad()
     def eval_params(self, dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -149,10 +164,15 @@ class ScheduleFree(torch.optim.Optimizer):
         state = self.state.get(p)
         if not state or "z" not in state:
             return p
-        if "y" in state:
+        if "y" in state and "x" in state:
             return state["y"]
         x = state.get("x", p)
-        return _kernels.interpolate_y(*wide(x, state["z"]), group["b1"])[0]
+        y = _kernels.interpolate_y(*wide(x, state["z"]), group["b1"])[0]
+        if "y" in state:
+            # The y that was left, but where the parameter is no longer its x.
+            left = _kernels.recover_x(*wide(state["y"], state["z"]), group["b1"])[0]
+            y = torch.where(left.to(p.dtype) == p, state["y"].to(y.dtype), y)
+        return y
 
     # State
 
@@ -212,7 +232,8 @@ class ScheduleFree(torch.optim.Optimizer):
         for group in self.param_groups:
             # What older checkpoints, and those of other packages, do not hold.
             for key, value in self.defaults.items():
-                group.setdefault(key, value)
+                if key != "differentiable":  # torch's entry, no option of ours
+                    group.setdefault(key, value)
             group.setdefault("b1", self._beta(group))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -255,15 +276,27 @@ class ScheduleFree(torch.optim.Optimizer):
         Raises:
           RuntimeError: in eval mode, or for sparse gradients; nothing has moved then.
         """
+        self._check_mode()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_gradients()
+        self._advance(loss, closure)
+        return loss
+
+    # What torch.compile may not look into reads or writes what each step changes.
+
+    @torch.compiler.disable
+    def _check_mode(self) -> None:
         if not all(group["train_mode"] for group in self.param_groups):
             raise RuntimeError(
                 "step() in eval mode: the parameters hold x, and gradients belong to "
                 "y. Call optimizer.train() before the forward pass."
             )
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+
+    @torch.compiler.disable
+    def _check_gradients(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None and p.grad.is_sparse:
@@ -271,12 +304,33 @@ class ScheduleFree(torch.optim.Optimizer):
                         "sparse gradients are not supported: z, x and y are dense. "
                         "Build the embedding with sparse=False."
                     )
-        self._advance(loss, closure)
-        return loss
 
     def _advance(self, loss: Any, closure: Callable[[], Any] | None) -> None:
+        if torch.compiler.is_compiling():
+            for batches, base, scalars in self._to_compile():
+                for batch in batches:
+                    batch.advance(partial(_kernels.move_z, step=base), scalars)
+        else:
+            for group in self.param_groups:
+                self._step_group(group)
+
+    @torch.compiler.disable
+    def _to_compile(self) -> list[tuple[list[Leaves], BaseStep, Scalars]]:
+        """The arithmetic that is left of a step: the rest of it is done here."""
+        steps = []
         for group in self.param_groups:
-            self._step_group(group)
+            in_numbers = type(self)._move_z is ScheduleFree._move_z
+            if self._fuses(group) or self._captures(group) or not in_numbers:
+                self._step_group(group)
+                continue
+            given = [p for p in group["params"] if p.grad is not None]
+            leaves = [self._leaf(p, group) for p in given]
+            scalars = self._scalars(group)
+            base = self._base_step(group, scalars.lr)
+            batches = list(gather(leaves, group["b1"], together=True, blocks=False))
+            steps.append((batches, *_kernels.as_tensors(base, scalars)))
+            self._end_step(group, scalars)
+        return steps
 
     def _step_group(self, group: Group) -> None:
         leaves = [self._leaf(p, group) for p in group["params"] if p.grad is not None]

@@ -17,7 +17,7 @@ from torch import Tensor
 from sf_torch import _averaging, _checks, _kernels
 from sf_torch._averaging import Group
 from sf_torch._forms import Reference
-from sf_torch._leaves import Leaves, is_master
+from sf_torch._leaves import Leaves, is_master, local
 from sf_torch._optimizer import ScheduleFree, bookkeeping, restore_dtypes, wide
 
 OURS = ("z", "x", "y")  # of a parameter's state; the rest is the base's
@@ -115,6 +115,7 @@ class ScheduleFreeWrapper(ScheduleFree):
             torch._foreach_add_(zs, leaves.ys, alpha=-scale)
         torch._foreach_copy_(leaves.zs, zs)
 
+    @torch.compiler.disable  # the base's to compile, and each has ways of its own
     def _advance(self, loss: Any, closure: Callable[[], Any] | None) -> None:
         # Before the base changes them: its step is taken with these.
         before = [(float(group["lr"]), group["k"]) for group in self.param_groups]
@@ -142,7 +143,7 @@ class ScheduleFreeWrapper(ScheduleFree):
             for p in group["params"]
             if p.grad is not None
         ]
-        live = {p: p.data for p, _, _ in moving}
+        live = {p: _held(p) for p, _, _ in moving}
         for p, _, state in moving:
             if is_master(state["z"], p):
                 _widen_state(self.base.state[p], state["z"])
@@ -155,7 +156,7 @@ class ScheduleFreeWrapper(ScheduleFree):
             calls += 1
             if calls == 1 or closure is None:
                 return loss
-            at = {p: p.data for p in live}
+            at = {p: _held(p) for p in live}
             for p, group, _ in moving:
                 pair = wide(xs[p], at[p])
                 y = _kernels.interpolate_y(*pair, group["b1"])[0]
@@ -173,7 +174,7 @@ class ScheduleFreeWrapper(ScheduleFree):
             for p, _, state in moving:
                 _hold(p, state["z"].clone())
             self.base.step(closure_at_y if closure is not None else None)
-            return {p: p.data for p in live}
+            return {p: _held(p) for p in live}
         finally:
             for p, value in live.items():
                 _hold(p, value)
@@ -247,8 +248,23 @@ class ScheduleFreeWrapperReference(Reference, ScheduleFreeWrapper):
         )
 
 
+def _held(p: Tensor) -> Tensor:
+    """What the parameter is; :func:`_hold` of another leaves it as it is."""
+    return p.data if local(p) is p else p.detach().clone()
+
+
 def _hold(p: Tensor, value: Tensor) -> None:
     """Lets the parameter be value, of whatever dtype, and its gradient with it."""
+    if local(p) is not p:
+        # A distributed tensor is a shell: what counts lies in its local part.
+        if p.dtype != value.dtype:
+            raise RuntimeError(
+                f"a sharded parameter of {p.dtype} cannot stand for z in {value.dtype} "
+                "while the base steps. Shard float32 parameters with a "
+                "MixedPrecisionPolicy, or give state_dtype."
+            )
+        p.detach().copy_(value)
+        return
     if p.dtype == value.dtype:
         p.data = value
         return

@@ -1,16 +1,23 @@
 """Checkpoints that hold x under "model", ready to serve, and resume at y."""
 
 import os
-import pickle
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sf_torch._optimizer import ScheduleFree
+from sf_torch._forms import Closure, Reference
+from sf_torch._optimizer import ScheduleFree, saved_states
 
 FORMAT = 1
+PARTS = {
+    "model": dict,
+    "optimizer": dict,
+    "optimizer_training": bool,
+    "training": bool,
+    "extra": dict,
+}
 
 
 def save_checkpoint(
@@ -22,8 +29,8 @@ def save_checkpoint(
     """Writes model and optimizer, whole or not at all; neither changes.
 
     The file is a dict that ``torch.load(path, weights_only=True)`` reads: ``model``
-    (the state dict at x), ``optimizer``, ``training`` (the mode), ``y`` (in train mode,
-    the live parameters), ``versions`` and ``extra``.
+    (the state dict at x), ``optimizer`` (its state dict, and y), ``training`` (the
+    mode of both), ``versions`` and ``extra``.
 
     Args:
       path: of the file. It is replaced only once the new one is complete.
@@ -32,7 +39,9 @@ def save_checkpoint(
       extra: anything that ``weights_only`` loading allows: numbers, strings, tensors.
 
     Raises:
-      ValueError: the optimizer holds parameters that are not the model's.
+      ValueError: the optimizer holds parameters that are not the model's, or one of
+        the two is in train mode and the other in eval mode. An optimizer that has not
+        stepped yet, or whose form has no modes, is in the model's.
 
     Examples:
       >>> import tempfile, torch, sf_torch
@@ -44,13 +53,18 @@ def save_checkpoint(
       {'epoch': 3}
     """
     _check_pair(model, optimizer)
+    saved = optimizer.state_dict()
+    if optimizer.training:
+        # Made from x and z on loading, y could be a rounding off.
+        for index, p, state in saved_states(optimizer, saved):
+            if "z" in state:
+                saved["state"][index] = {"y": p.detach(), **state}
     content = {
         "format": FORMAT,
         "model": optimizer.eval_state_dict(model),
-        "optimizer": optimizer.state_dict(),
-        "training": optimizer.training,
-        # x and z give y back but for its last digit, which a resumed run would notice.
-        "y": _parameters(optimizer) if optimizer.training else None,
+        "optimizer": saved,
+        "optimizer_training": optimizer.training,
+        "training": model.training,
         "versions": {"torch": str(torch.__version__)},
         "extra": extra,
     }
@@ -70,9 +84,7 @@ def save_checkpoint(
 def load_checkpoint(
     path: str | os.PathLike[str], model: torch.nn.Module, optimizer: ScheduleFree
 ) -> dict[str, Any]:
-    """Loads what :func:`save_checkpoint` wrote: the model at y or x, as it was saved.
-
-    A run that goes on from here is the uninterrupted run, bit for bit.
+    """Loads what :func:`save_checkpoint` wrote: x, y, z and modes, bit for bit.
 
     Args:
       path: of the file.
@@ -84,7 +96,8 @@ def load_checkpoint(
 
     Raises:
       ValueError: a file that is damaged, holds code, or does not fit the model and
-        the optimizer; they are as before then.
+        the optimizer, or a pair in different modes, as for :func:`save_checkpoint`;
+        they are as before then.
     """
     _check_pair(model, optimizer)
     content = _read(path)
@@ -97,44 +110,62 @@ def load_checkpoint(
             f"{path} has parameter groups of {groups} parameters, the optimizer of "
             f"{own}. Build the optimizer as it was when the file was saved."
         )
-    # The model holds x until the optimizer's state is there to give y.
+    # The file is that of eval mode: the model at x, and y aside.
     at_x = [{**group, "train_mode": False} for group in saved["param_groups"]]
     optimizer.load_state_dict({**saved, "param_groups": at_x})
     model.load_state_dict(content["model"])
-    if content["training"]:
-        optimizer.train()
-        with torch.no_grad():
-            for p, y in zip(_parameters(optimizer), content["y"], strict=True):
-                p.copy_(y)
+    if content["optimizer_training"]:
+        _resume(optimizer)
     model.train(content["training"])
     return content["extra"]
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is damaged or holds code, which is never run. Load a file that "
-            "save_checkpoint wrote."
-        ) from error
-    except (RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(
-            f"{path} is damaged: {error}. Load a file that save_checkpoint wrote."
-        ) from error
+    with open(path, "rb") as file:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # as many kinds as there are ways to be damaged
+            raise ValueError(
+                f"{path} is damaged, or holds code, which is never run. Load a file "
+                "that save_checkpoint wrote."
+            ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(
             f"{path} is not a checkpoint of format {FORMAT}. Load a file that "
             "save_checkpoint wrote."
         )
+    kinds = {key: type(value) for key, value in content.items()}
+    if any(kinds.get(key) is not kind for key, kind in PARTS.items()):
+        raise ValueError(
+            f"{path} is damaged: it holds {kinds}. Load a file that save_checkpoint "
+            "wrote."
+        )
     return content
 
 
-def _parameters(optimizer: ScheduleFree) -> list[torch.Tensor]:
-    return [p.detach() for group in optimizer.param_groups for p in group["params"]]
+@torch.no_grad()
+def _resume(optimizer: ScheduleFree) -> None:
+    """From x to the y that was saved, not one made anew."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state.get(p)
+            if state and "y" in state:
+                p.copy_(state["y"])
+                if not isinstance(optimizer, Reference):
+                    del state["y"]
+        group["train_mode"] = True
 
 
 def _check_pair(model: torch.nn.Module, optimizer: ScheduleFree) -> None:
+    stepped = any("z" in state for state in optimizer.state.values())
+    has_modes = stepped and not isinstance(optimizer, Closure)
+    if has_modes and model.training != optimizer.training:
+        modes = [m.training for m in (model, optimizer)]
+        model_mode, mode = ("train" if training else "eval" for training in modes)
+        raise ValueError(
+            f"the model is in {model_mode} mode, the optimizer in {mode} mode. Call "
+            "train() or eval() on both; follow(model, optimizer) keeps them together."
+        )
     params = {id(p) for p in model.parameters()}
     for group in optimizer.param_groups:
         for p in group["params"]:

@@ -1,0 +1,263 @@
+"""Two processes over gloo: DDP, FSDP2, modes across ranks, sharded checkpoints.
+
+One pair of processes runs all checks, since starting it takes longer than they do; each
+check is a test here that reads its outcome.
+"""
+
+import os
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch_cases import same
+
+import sf_torch
+
+WORLD = 2
+pytestmark = pytest.mark.xdist_group("torch-distributed")
+
+BUILDS = {
+    "sgd": lambda params: sf_torch.SGDScheduleFree(params, lr=0.1),
+    "adamw": lambda params: sf_torch.AdamWScheduleFree(
+        params, lr=0.05, weight_decay=0.1, warmup_steps=4, inner_momentum=0.5
+    ),
+    "stored": lambda params: sf_torch.AdamWScheduleFree(params, lr=0.05, store_x=True),
+    "reference": lambda params: sf_torch.SGDScheduleFreeReference(params, lr=0.1),
+    "wrapper": lambda params: sf_torch.ScheduleFreeWrapper(
+        torch.optim.RMSprop(params, lr=0.01)
+    ),
+}
+
+
+def network():
+    torch.manual_seed(0)
+    # Rows that two processes cannot share evenly: 5 and 3.
+    return torch.nn.Sequential(
+        torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)
+    )
+
+
+def train(model, optimizer, steps, start=0, rank=None):
+    optimizer.train()
+    for seed in range(start, start + steps):
+        inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed))
+        if rank is not None:
+            inputs = inputs.chunk(WORLD)[rank]
+        optimizer.zero_grad()
+        model(inputs).square().mean().backward()
+        optimizer.step()
+
+
+def full(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def whole(tensors):
+    return [full(tensor.detach()) for tensor in tensors]
+
+
+def same_kinds(a, b):
+    return [type(p) for p in a] == [type(p.data) for p in b]
+
+
+def one_process(name, steps=6):
+    model = network()
+    optimizer = BUILDS[name](model.parameters())
+    train(model, optimizer, steps)
+    return optimizer.eval_params()
+
+
+def close(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(full(a), b, rtol=1e-5, atol=1e-6)
+
+
+# What both processes do
+
+
+def ddp_trains_to_the_same_x(rank, folder):
+    for name, build in BUILDS.items():
+        model = DistributedDataParallel(network())
+        optimizer = build(model.parameters())
+        train(model, optimizer, 6, rank=rank)
+        close(optimizer.eval_params(), one_process(name))
+
+
+def sharded(name):
+    model = network()
+    fully_shard(model)
+    return model, BUILDS[name](model.parameters())
+
+
+def fsdp_trains_to_the_same_x(rank, folder):
+    for name in BUILDS:
+        model, optimizer = sharded(name)
+        train(model, optimizer, 6, rank=rank)
+        close(optimizer.eval_params(), one_process(name))
+
+
+def fsdp_switches_modes(rank, folder):
+    for name in BUILDS:
+        model, optimizer = sharded(name)
+        handle = sf_torch.follow(model, optimizer)
+        train(model, optimizer, 4, rank=rank)
+        y = [tensor.clone() for tensor in whole(model.parameters())]
+        x = whole(optimizer.eval_params())
+        state = optimizer.eval_state_dict(model)
+        assert state.keys() == model.state_dict().keys()
+        assert same_kinds(state.values(), model.parameters())
+        model.eval()
+        assert not optimizer.training
+        assert same(whole(model.parameters()), x)
+        assert same(whole(state.values()), x)
+        model.train()
+        assert same(whole(model.parameters()), y)
+        handle.remove()
+
+
+def state_is_sharded(rank, folder):
+    model, optimizer = sharded("adamw")
+    train(model, optimizer, 1, rank=rank)
+    for p, state in optimizer.state.items():
+        for value in state.values():
+            assert value.placements == p.placements
+            assert value.to_local().shape == p.to_local().shape
+
+
+def checkpoint_of(model, optimizer):
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+def restore(path, model, optimizer):
+    optimizer.train()
+    state = checkpoint_of(model, optimizer)
+    dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+    )
+
+
+def sharded_checkpoints_resume(rank, folder):
+    for name in BUILDS:
+        path = os.path.join(folder, name)
+        model, optimizer = sharded(name)
+        train(model, optimizer, 4, rank=rank)
+        dcp.save(checkpoint_of(model, optimizer), checkpoint_id=path)
+        resumed = sharded(name)
+        with torch.no_grad():
+            for p in resumed[0].parameters():
+                p.zero_()
+        restore(path, *resumed)
+        assert resumed[1].training
+        for m, o in ((model, optimizer), resumed):
+            train(m, o, 3, start=4, rank=rank)
+        for a, b in zip(model.parameters(), resumed[0].parameters(), strict=True):
+            assert torch.equal(a.to_local(), b.to_local())
+        close(resumed[1].eval_params(), one_process(name, steps=7))
+
+
+def a_whole_checkpoint_of_shards_serves_x(rank, folder):
+    model, optimizer = sharded("adamw")
+    train(model, optimizer, 6, rank=rank)
+    options = StateDictOptions(full_state_dict=True)
+    with optimizer.eval_mode():
+        state, _ = get_state_dict(model, optimizer, options=options)
+    if rank == 0:
+        close(state.values(), one_process("adamw"))
+
+
+def modes_agree(rank, folder):
+    _, optimizer = sharded("sgd")
+    sf_torch.check_modes(optimizer)
+    optimizer.train()
+    sf_torch.check_modes(optimizer)
+    sf_torch.check_modes(optimizer, group=dist.new_group([0, 1]))
+
+
+def a_rank_in_the_wrong_mode_is_named_on_every_rank(rank, folder):
+    model = network()
+    optimizer = BUILDS["sgd"](model.parameters())
+    optimizer.train()
+    if rank == 1:
+        optimizer.eval()
+    with pytest.raises(RuntimeError, match=r"ranks \[0\] .*train.* \[1\] in eval mode"):
+        sf_torch.check_modes(optimizer)
+
+
+CHECKS = [
+    ddp_trains_to_the_same_x,
+    fsdp_trains_to_the_same_x,
+    fsdp_switches_modes,
+    state_is_sharded,
+    sharded_checkpoints_resume,
+    a_whole_checkpoint_of_shards_serves_x,
+    modes_agree,
+    a_rank_in_the_wrong_mode_is_named_on_every_rank,
+]
+
+
+def process(rank, folder, outcomes):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD
+    )
+    for check in CHECKS:
+        try:
+            check(rank, folder)
+            outcomes.put((check.__name__, rank, None))
+        except BaseException:
+            outcomes.put((check.__name__, rank, traceback.format_exc()))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory):
+    """The folder that the processes left, and what became of each check."""
+    folder = str(tmp_path_factory.mktemp("distributed"))
+    context = torch.multiprocessing.get_context("spawn")
+    outcomes = context.SimpleQueue()
+    torch.multiprocessing.spawn(process, args=(folder, outcomes), nprocs=WORLD)
+    results = {}
+    while not outcomes.empty():
+        name, rank, error = outcomes.get()
+        results[name, rank] = error
+    return folder, results
+
+
+@pytest.mark.parametrize("rank", range(WORLD))
+@pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
+def test_in_two_processes(group, check, rank):
+    error = group[1][check, rank]
+    assert error is None, f"in process {rank}:\n{error}"
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_a_checkpoint_of_two_processes_continues_in_one(group, name):
+    folder, results = group
+    assert results["sharded_checkpoints_resume", 0] is None
+    model = network()
+    optimizer = BUILDS[name](model.parameters())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    restore(os.path.join(folder, name), model, optimizer)
+    train(model, optimizer, 3, start=4)
+    close(optimizer.eval_params(), one_process(name, steps=7))
+
+
+def test_modes_of_a_single_process_agree():
+    sf_torch.check_modes(BUILDS["sgd"](network().parameters()))
