@@ -161,10 +161,10 @@ def _bars(path: Path, rows: Sequence[Row], machine: str) -> None:
         ratios = [row.times_floor or 0.0 for row in group]
         colors = ["C0" if row.candidate in OURS else "0.7" for row in group]
         bars = axis.barh([row.candidate for row in group], ratios, color=colors)
-        labels = [f"{r.times_floor:.2f}x, {r.median_ms:.3g} ms" for r in group]
+        labels = [f"{r.times_floor:.2f}x, {r.median_ms:,.2f} ms" for r in group]
         axis.bar_label(bars, labels, padding=3, fontsize=8)
         axis.axvline(1.0, color="black", linewidth=1)
-        axis.margins(x=0.2)
+        axis.margins(x=0.25)
         axis.set_title(tree, fontsize=10, loc="left")
     axes[-1, 0].set_xlabel("time of a step, in floors (in-place add of as many bytes)")
     figure.suptitle(f"AdamW steps on {machine}", fontsize=11)
