@@ -8,7 +8,7 @@ function per framework: ``numpy``, ``jax`` and ``torch``, each (params, step's d
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,19 +31,20 @@ def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
 def initial(tree: Tree, dtype: str, is_complex: bool = False) -> dict[str, np.ndarray]:
     """Seeded starting weights, of the size that networks have."""
     return {
-        name: rounded(0.2 * leaf, dtype)
-        for name, leaf in _normal(tree, np.random.default_rng(1), is_complex).items()
+        name: rounded(0.2 * _normal(shape, [1, i], is_complex), dtype)
+        for i, (name, shape) in enumerate(tree.items())
     }
 
 
 def _normal(
-    tree: Tree, rng: np.random.Generator, is_complex: bool
-) -> dict[str, np.ndarray]:
-    def leaf(shape: tuple[int, ...]) -> np.ndarray:
-        real = rng.normal(size=shape)
-        return np.asarray(real + 1j * rng.normal(size=shape) if is_complex else real)
-
-    return {name: leaf(shape) for name, shape in tree.items()}
+    shape: tuple[int, ...], seed: Sequence[int], is_complex: bool = False
+) -> np.ndarray:
+    # A generator for each leaf: a longer run begins like a shorter one.
+    rng = np.random.default_rng(seed)
+    if not is_complex:
+        return np.asarray(rng.normal(size=shape))
+    real, imaginary = np.moveaxis(rng.normal(size=(*shape, 2)), -1, 0)
+    return np.asarray(real + 1j * imaginary)
 
 
 class Stream:
@@ -63,18 +64,14 @@ class Stream:
         is_complex: bool = False,
         missing: Mapping[str, frozenset[int]] | None = None,
     ) -> None:
-        rng = np.random.default_rng(2)
-        drift = _normal(tree, rng, is_complex)
-        noise = _normal({n: (steps, *s) for n, s in tree.items()}, rng, is_complex)
-        # Leaves of different scale, and a gradient that is exactly zero.
-        grads = {
-            name: 10.0 ** -(i % 3) * (0.2 * drift[name] + noise[name])
-            for i, name in enumerate(tree)
-        }
-        for grad in grads.values():
-            grad[min(7, steps - 1)] = 0
-        value = 1 + rng.uniform(size=steps)
-        self.data = {
+        grads = {}
+        for i, (name, shape) in enumerate(tree.items()):
+            drift = _normal(shape, [2, i], is_complex)
+            noise = _normal((steps, *shape), [3, i], is_complex)
+            grads[name] = 10.0 ** -(i % 3) * (0.2 * drift + noise)  # of unequal scale
+            grads[name][7:8] = 0
+        value = 1 + np.random.default_rng(4).uniform(size=steps)
+        self.data: dict[str, Any] = {
             "grads": {name: rounded(g, dtype) for name, g in grads.items()},
             "value": rounded(value, "float64" if dtype == "float64" else "float32"),
         }
@@ -137,9 +134,9 @@ class Network:
     batch: int = 16
 
     def __post_init__(self) -> None:
-        rng = np.random.default_rng(3)
-        inputs = rng.normal(size=(self.steps, self.batch, 6))
-        targets = np.sin(inputs.sum(-1)) + 0.1 * rng.normal(size=inputs.shape[:-1])
+        inputs = _normal((self.steps, self.batch, 6), [5])
+        noise = _normal((self.steps, self.batch), [6])
+        targets = np.sin(inputs.sum(-1)) + 0.1 * noise
         self.data = {
             "inputs": rounded(inputs, self.dtype),
             "targets": rounded(targets, self.dtype),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from parity_tests import in_jax, in_torch, reference, tolerances
-from parity_tests.cases import STEPS, Case
+from parity_tests.case import STEPS, Case
 from parity_tests.gradients import recorded
 from parity_tests.tolerances import Limit
 from parity_tests.trajectory import SEQUENCES, Distance, Trajectory, compare
@@ -30,6 +30,7 @@ class Voice:
     run: Callable[..., Trajectory]
     options: dict[str, Any]
     most_steps: int = STEPS
+    costly: bool = False  # run for the cases that are marked as thorough
 
 
 def _run_reference(case: Case, steps: int, device: str = "cpu") -> Trajectory:
@@ -51,16 +52,18 @@ def _run_golden(case: Case, steps: int, device: str = "cpu") -> Trajectory:
     )
 
 
-def _jax(mode: str, store_x: bool = False, **most: int) -> Voice:
+def _jax(mode: str, store_x: bool = False, most_steps: int = STEPS) -> Voice:
     options = {"mode": mode, "store_x": store_x}
-    return Voice("sf_jax", "jax", in_jax.run, options, **most)
+    costly = mode != "scan" or store_x  # each compiles a program of its own
+    return Voice("sf_jax", "jax", in_jax.run, options, most_steps, costly)
 
 
-def _torch(form: str = "", foreach: bool = False, **most: int) -> Voice:
+def _torch(form: str = "", foreach: bool = False, most_steps: int = STEPS) -> Voice:
     options = {"form": form, "foreach": foreach}
-    return Voice("sf_torch", "torch", in_torch.run, options, **most)
+    return Voice("sf_torch", "torch", in_torch.run, options, most_steps)
 
 
+# What shares its arithmetic with another voice is run for fewer steps.
 VOICES: dict[str, Voice] = {
     "reference": Voice("reference", "numpy", _run_reference, {}),
     "jax scan": _jax("scan"),
@@ -71,7 +74,7 @@ VOICES: dict[str, Voice] = {
     "jax eager": _jax("eager", most_steps=8),
     "jax eager, x stored": _jax("eager", True, most_steps=8),
     "torch": _torch(),
-    "torch foreach": _torch(foreach=True),
+    "torch foreach": _torch(foreach=True, most_steps=100),
     "torch Reference": _torch("Reference", most_steps=100),
     "torch Closure": _torch("Closure", most_steps=100),
     "golden": Voice("golden", "numpy", _run_golden, {}),
@@ -91,7 +94,7 @@ def unsupported(case: Case, voice: str) -> str | None:
     return None if voice == "reference" else case.unsupported(row.package)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # a third of a megabyte each
 def _cached(case: Case, voice: str, steps: int, device: str) -> Trajectory:
     row = VOICES[voice]
     return row.run(case, steps, device, **row.options)
@@ -121,12 +124,19 @@ class Outcome:
 
 
 def check(
-    case: Case, voice: str, against: str, steps: int | None = None, device: str = "cpu"
+    case: Case,
+    voice: str,
+    against: str,
+    steps: int | None = None,
+    device: str = "cpu",
+    other_device: str = "cpu",
 ) -> Outcome:
     """Compares two voices at every step, in y, x and z."""
-    distance = compare(
-        run(case, voice, steps, device), run(case, against, steps, "cpu"), case.dtype
+    trajectories = (
+        run(case, voice, steps, device),
+        run(case, against, steps, other_device),
     )
+    distance = compare(*trajectories, case.dtype)
     limit = tolerances.limit(
         case.dtype,
         VOICES[voice].package,
@@ -140,7 +150,11 @@ def check(
 
 def comparisons(case: Case, voices: Iterable[str] = tuple(VOICES)) -> list[Pair]:
     """What is compared of a case: (voice, against), of the voices that can run it."""
-    able = [v for v in (*voices, "reference") if unsupported(case, v) is None]
+    able = [
+        v
+        for v in dict.fromkeys((*voices, "reference"))
+        if unsupported(case, v) is None and (case.thorough or not VOICES[v].costly)
+    ]
     ours = [v for v in able if VOICES[v].package in ("sf_jax", "sf_torch")]
     pairs = [(v, "reference") for v in able if v not in ("reference", "golden")]
     if "meta" in able:

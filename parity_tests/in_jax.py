@@ -8,7 +8,7 @@ import optax
 from optax import contrib
 
 import sf_jax
-from parity_tests.cases import Case
+from parity_tests.case import Case
 from parity_tests.trajectory import Trajectory, wide
 
 _STATES = (sf_jax.ScheduleFreeState, contrib.ScheduleFreeState)
@@ -55,9 +55,9 @@ def run(
 def _rounded(case: Case, trajectory: Trajectory) -> Trajectory:
     if case.dtype != "bfloat16":
         return trajectory
-    # optax hands over y' - y in the parameters' dtype: it is rounded by 2^-9 of itself,
-    # and its sum with y again, which shows where y' is small beside it.
-    return trajectory.with_rounding(extra=2.0**-8)
+    # optax hands over y' - y in the parameters' dtype; where y' is small beside it, its
+    # rounding shows.
+    return trajectory.with_rounding(changes_from=case.params)
 
 
 def _optimizer(case: Case, package: str, store_x: bool) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from parity_tests.cases import Case
+from parity_tests.case import Case
 from parity_tests.trajectory import Trajectory
 
 Params = dict[str, torch.nn.Parameter]

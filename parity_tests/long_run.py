@@ -25,7 +25,8 @@ from optax import contrib
 
 import sf_jax
 from parity_tests import reference
-from parity_tests.optimizers import OPTIMIZERS, Options
+from parity_tests.optimizers import OPTIMIZERS
+from parity_tests.options import Options
 
 WEIGHTS = 512
 STEPS = 20_000
@@ -222,7 +223,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     found = {
         name: distances(name, arguments.steps, arguments.every, arguments.seed)
         for name in ("adamw", "sgd")
@@ -233,9 +234,3 @@ def main(arguments: argparse.Namespace) -> int:
     plot(found, arguments.every, arguments.docs / "images" / "long_run.png")
     print(content, end="")
     return 0
-
-
-if __name__ == "__main__":
-    _parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(_parser)
-    raise SystemExit(main(_parser.parse_args()))

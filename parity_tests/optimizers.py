@@ -16,47 +16,8 @@ from optax import GradientTransformation, contrib
 import sf_jax
 import sf_torch
 from parity_tests import reference
+from parity_tests.options import Options, function
 from parity_tests.reference import Seams
-
-
-@dataclasses.dataclass(frozen=True)
-class Linear:
-    """A schedule from ``start`` to ``end``, for Python ints and JAX counts alike."""
-
-    start: float
-    end: float
-    steps: int = 300
-
-    def __call__(self, k: Any) -> Any:
-        return self.start + (self.end - self.start) * k / self.steps
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Hyperparameters in one neutral spelling; an optimizer reads what it has."""
-
-    lr: float | Linear = 0.0025
-    warmup_steps: int = 0
-    b1: float | Linear = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    decay_at: str = "y"
-    weight_lr_power: float = 2.0
-    r: float = 0.0
-    inner_momentum: float = 0.0
-    silent_sgd_phase: bool = True
-    base_momentum: float = 0.0  # of what ScheduleFreeWrapper wraps
-
-    def at(self, k: int) -> "Options":
-        """The values at step k: as PyTorch has them, where schedules set numbers."""
-        return dataclasses.replace(
-            self, lr=_function(self.lr)(k), b1=_function(self.b1)(k)
-        )
-
-
-def _function(value: float | Linear) -> Callable[[int], float]:
-    return value if callable(value) else lambda k: value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,56 +40,48 @@ class Optimizer:
 
 def _seams(o: Options, base: Any, step_size: Callable[[reference.Now], float]) -> Seams:
     average = reference.PolynomialAverage(o.r, o.weight_lr_power)
-    return Seams(_function(o.b1), step_size, base, average)
+    return Seams(function(o.b1), step_size, base, average)
 
 
 def _warmup(o: Options) -> Callable[[reference.Now], float]:
-    return reference.warmup(_function(o.lr), o.warmup_steps)
+    return reference.warmup(function(o.lr), o.warmup_steps)
 
 
-def _adamw_base(o: Options, **variant: str) -> reference.AdamW:
+def _adamw_base(o: Options, variant: str = "standard") -> reference.AdamW:
+    at_x = variant == "algoperf"  # which decays there whatever decay_at says
     return reference.AdamW(
-        o.b2, o.eps, o.weight_decay, o.decay_at, o.inner_momentum, **variant
+        o.b2,
+        o.eps,
+        o.weight_decay,
+        "x" if at_x else o.decay_at,
+        o.inner_momentum,
+        variant,
     )
 
 
-def _optional(o: Options) -> dict[str, Any]:
-    """Arguments that Meta's package lacks; named only where they are used."""
-    return {
-        name: getattr(o, name)
-        for name in ("decay_at", "inner_momentum")
-        if getattr(o, name) != getattr(Options(), name)
-    }
+def _pick(o: Options, names: str) -> dict[str, Any]:
+    return {name: getattr(o, name) for name in names.split()}
+
+
+def _changed(o: Options, names: str) -> dict[str, Any]:
+    """Of arguments that Meta's package lacks: named only where they are used."""
+    default = Options()
+    return {n: v for n, v in _pick(o, names).items() if v != getattr(default, n)}
 
 
 def _sgd_arguments(o: Options) -> dict[str, Any]:
-    return {
-        "lr": o.lr,
-        "momentum": o.b1,
-        "weight_decay": o.weight_decay,
-        "warmup_steps": o.warmup_steps,
-        "r": o.r,
-        "weight_lr_power": o.weight_lr_power,
-        **_optional(o),
-    }
-
-
-def _radam_arguments(o: Options) -> dict[str, Any]:
-    return {
-        "lr": o.lr,
-        "betas": (o.b1, o.b2),
-        "eps": o.eps,
-        "weight_decay": o.weight_decay,
-        "r": o.r,
-        "weight_lr_power": o.weight_lr_power,
-        "silent_sgd_phase": o.silent_sgd_phase,
-    }
+    same = _pick(o, "lr weight_decay warmup_steps r weight_lr_power")
+    return {**same, "momentum": o.b1, **_changed(o, "decay_at")}
 
 
 def _adamw_arguments(o: Options) -> dict[str, Any]:
-    arguments = {**_radam_arguments(o), "warmup_steps": o.warmup_steps, **_optional(o)}
-    del arguments["silent_sgd_phase"]
-    return arguments
+    same = _pick(o, "lr eps weight_decay warmup_steps r weight_lr_power")
+    return {**same, "betas": (o.b1, o.b2), **_changed(o, "decay_at inner_momentum")}
+
+
+def _radam_arguments(o: Options) -> dict[str, Any]:
+    same = _pick(o, "lr eps weight_decay r weight_lr_power silent_sgd_phase")
+    return {**same, "betas": (o.b1, o.b2)}
 
 
 def _class(module: Any, name: str) -> Callable[..., Any]:
@@ -153,8 +106,7 @@ def _wrapper(module: Any) -> Callable[..., Any]:
             torch.optim.SGD(groups, foreach=foreach),
             momentum=o.b1,
             weight_decay_at_y=o.weight_decay,
-            r=o.r,
-            weight_lr_power=o.weight_lr_power,
+            **_pick(o, "r weight_lr_power"),
         )
 
     return build
@@ -172,20 +124,10 @@ def _jax_wrapper(o: Options, store_x: bool) -> GradientTransformation:
     )
 
 
-def _jax_adamw(variant: str) -> Callable[[Options, bool], Any]:
+def _jax_adamw(variant: str) -> Callable[[Options, bool], GradientTransformation]:
+    names = "b1 b2 eps weight_decay weight_lr_power r inner_momentum decay_at"
     return lambda o, store_x: sf_jax.schedule_free_adamw(
-        o.lr,
-        o.warmup_steps,
-        o.b1,
-        o.b2,
-        o.eps,
-        o.weight_decay,
-        o.weight_lr_power,
-        r=o.r,
-        inner_momentum=o.inner_momentum,
-        decay_at=o.decay_at,
-        store_x=store_x,
-        variant=variant,
+        o.lr, o.warmup_steps, **_pick(o, names), store_x=store_x, variant=variant
     )
 
 
@@ -200,18 +142,16 @@ OPTIMIZERS = {
             jax=lambda o, store_x: sf_jax.schedule_free_sgd(
                 o.lr,
                 o.warmup_steps,
-                o.b1,
-                o.weight_decay,
-                o.weight_lr_power,
-                r=o.r,
-                decay_at=o.decay_at,
+                **_pick(o, "b1 weight_decay weight_lr_power r decay_at"),
                 store_x=store_x,
             ),
             arguments=_sgd_arguments,
             torch=_class(sf_torch, "SGDScheduleFree"),
             meta=_class(schedulefree, "SGDScheduleFree"),
             optax=lambda o: contrib.schedule_free_sgd(
-                o.lr, o.warmup_steps or None, o.b1, o.weight_decay, o.weight_lr_power
+                o.lr,
+                o.warmup_steps or None,
+                **_pick(o, "b1 weight_decay weight_lr_power"),
             ),
         ),
         Optimizer(
@@ -224,18 +164,14 @@ OPTIMIZERS = {
             optax=lambda o: contrib.schedule_free_adamw(
                 o.lr,
                 o.warmup_steps or None,
-                o.b1,
-                o.b2,
-                o.eps,
-                o.weight_decay,
-                o.weight_lr_power,
+                **_pick(o, "b1 b2 eps weight_decay weight_lr_power"),
             ),
         ),
         Optimizer(
             "adamw_paper",
             reference=lambda o: _seams(
                 o,
-                _adamw_base(o, variant="paper"),
+                _adamw_base(o, "paper"),
                 reference.paper_step_size(_warmup(o), o.b2),
             ),
             jax=_jax_adamw("paper"),
@@ -245,11 +181,9 @@ OPTIMIZERS = {
             torch_forms=("",),
         ),
         Optimizer(
-            "adamw_algoperf",  # decays at x whatever decay_at says
+            "adamw_algoperf",
             reference=lambda o: _seams(
-                o,
-                _adamw_base(dataclasses.replace(o, decay_at="x"), variant="algoperf"),
-                reference.at_least(_warmup(o), o.eps),
+                o, _adamw_base(o, "algoperf"), reference.at_least(_warmup(o), o.eps)
             ),
             jax=_jax_adamw("algoperf"),
             arguments=_adamw_arguments,
@@ -259,16 +193,11 @@ OPTIMIZERS = {
             reference=lambda o: _seams(
                 o,
                 reference.RAdam(o.b2, o.eps, o.weight_decay),
-                reference.rectified(_function(o.lr), o.b2, o.silent_sgd_phase),
+                reference.rectified(function(o.lr), o.b2, o.silent_sgd_phase),
             ),
             jax=lambda o, store_x: sf_jax.schedule_free_radam(
                 o.lr,
-                o.b1,
-                o.b2,
-                o.eps,
-                o.weight_decay,
-                o.weight_lr_power,
-                r=o.r,
+                **_pick(o, "b1 b2 eps weight_decay weight_lr_power r"),
                 silent_sgd_phase=o.silent_sgd_phase,
                 store_x=store_x,
             ),
@@ -281,7 +210,7 @@ OPTIMIZERS = {
             reference=lambda o: _seams(
                 o,
                 reference.SGD(o.weight_decay, momentum=o.base_momentum),
-                reference.warmup(_function(o.lr), 0),
+                reference.warmup(function(o.lr), 0),
             ),
             jax=_jax_wrapper,
             arguments=lambda o: {"lr": o.lr, "momentum": o.base_momentum},

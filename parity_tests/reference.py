@@ -82,8 +82,8 @@ class ScheduleFree:
         nows: list[Now] = []
         for names, _ in self.groups:
             given = {n: _wide(g) for n in names if (g := grads.get(n)) is not None}
-            before = [{n: at[n] for n in names} for at in (self.x, self.y, self.z)]
-            nows.append(Now(self.k, given, *before, value, nows))
+            x, y, z = ({n: at[n] for n in names} for at in (self.x, self.y, self.z))
+            nows.append(Now(self.k, given, x, y, z, value, nows))
         for (_, seams), now in zip(self.groups, nows, strict=True):
             b1 = seams.b1(self.k)
             lr = seams.step_size(now)

@@ -18,7 +18,8 @@ import torch
 import sf_jax
 import sf_torch
 from parity_tests import reference
-from parity_tests.optimizers import OPTIMIZERS, Linear, Options
+from parity_tests.optimizers import OPTIMIZERS
+from parity_tests.options import Linear, Options
 
 Tree = dict[str, np.ndarray]
 

@@ -1,12 +1,14 @@
 """The comparison itself: what it must catch, and where it says the error is."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 
 from parity_tests import tolerances
-from parity_tests.cases import CASES, Case
+from parity_tests.case import Case
+from parity_tests.cases import CASES
 from parity_tests.harness import run
 from parity_tests.trajectory import Trajectory, compare, curve
 
@@ -20,7 +22,7 @@ def caught(case: Case, changed: Trajectory, voice: str) -> bool:
     return compare(changed, run(case, "reference"), case.dtype).ulps > limit
 
 
-def with_options(case: Case, **options: float) -> Case:
+def with_options(case: Case, **options: Any) -> Case:
     changed = dataclasses.replace(case.options, **options)
     return dataclasses.replace(case, options=changed)
 
@@ -40,6 +42,7 @@ def test_a_perturbed_option_is_caught(options: dict[str, float], voice: str) -> 
 def test_x_swapped_for_y_is_caught(voice: str) -> None:
     case = BY_NAME["adamw/warmup"]
     right = run(case, voice)
+    assert right.x is not None
     swapped = dataclasses.replace(right, y=right.x, x=right.y)
     assert caught(case, swapped, voice)
 

@@ -15,7 +15,8 @@ import sf_jax
 import sf_torch
 from parity_tests import harness, long_run, reference
 from parity_tests.cases import CASES
-from parity_tests.optimizers import OPTIMIZERS, Options
+from parity_tests.optimizers import OPTIMIZERS
+from parity_tests.options import Options
 
 BY_NAME = {case.name: case for case in CASES}
 FIDELITY_STEPS = 4000

@@ -1,97 +1,86 @@
 """Every voice, every case of the registry, every step, in y, x and z."""
 
+from collections.abc import Callable
+
 import pytest
 
 from parity_tests import tolerances
-from parity_tests.cases import CASES, Case
+from parity_tests.case import Case
+from parity_tests.cases import CASES
 from parity_tests.harness import VOICES, check, comparisons, unsupported
 
-# With jit, a program is compiled for every case: what varies between programs is
-# tried on the cases in which programs vary.
-EVERYWHERE = (
-    "jax scan",
-    "torch",
-    "torch foreach",
-    "torch Reference",
-    "torch Closure",
-    "meta",
-    "golden",
-)
-IN_JAX = ("jax scan, x stored", "jax jit", "jax jit, x stored")
-EAGER = ("jax eager", "jax eager, x stored")
-BY_NAME = {case.name: case for case in CASES}
+OURS = {"sf_jax", "sf_torch"}
 
 
-def of_case(*names: str) -> pytest.MarkDecorator:
-    """The test once for every case; cases stay in one process, which keeps runs."""
-    cases = [BY_NAME[name] for name in names] or CASES
+def cases_where(holds: Callable[[Case], bool]) -> pytest.MarkDecorator:
+    """The test once for each such case, all tests of a case in one process."""
     params = [
         pytest.param(case, id=case.name, marks=pytest.mark.xdist_group(case.name))
-        for case in cases
+        for case in CASES
+        if holds(case)
     ]
     return pytest.mark.parametrize("case", params)
 
 
-def lacking(case: Case) -> set[str]:
-    packages = {row.package for row in VOICES.values()} - {"reference", "golden"}
-    return {package for package in packages if case.unsupported(package)}
+def supports(*packages: str) -> Callable[[Case], bool]:
+    return lambda case: not any(map(case.unsupported, packages))
 
 
-def hold(case: Case, voices: tuple[str, ...], against: str | None = None) -> None:
+def hold(case: Case, against: str, packages: set[str]) -> None:
     outcomes = [
         check(case, voice, other)
-        for voice, other in comparisons(case, voices)
-        if against in (other, None)
+        for voice, other in comparisons(case)
+        if other == against and VOICES[voice].package in packages
     ]
-    assert [
-        f"{o.voice} - {o.against}: {o.distance}" for o in outcomes if not o.ok
-    ] == []
+    assert outcomes
+    assert [f"{o.voice}: {o.distance}" for o in outcomes if not o.ok] == []
 
 
-@of_case()
+@cases_where(lambda case: True)
 def test_every_voice_follows_the_reference(case: Case) -> None:
-    hold(case, EVERYWHERE, "reference")
+    hold(case, "reference", OURS | {"meta"})
 
 
-@of_case(*(c.name for c in CASES if "meta" not in lacking(c)))
+@cases_where(supports("meta"))
 def test_ours_follow_metas(case: Case) -> None:
-    hold(case, EVERYWHERE, "meta")
+    hold(case, "meta", OURS)
 
 
-@of_case(*(c.name for c in CASES if c.recorded))
+@cases_where(lambda case: bool(case.recorded))
 def test_what_others_recorded_is_reproduced(case: Case) -> None:
-    hold(case, EVERYWHERE, "golden")
+    hold(case, "golden", OURS | {"reference"})
 
 
-@of_case(*(c.name for c in CASES if not {"sf_jax", "sf_torch"} & lacking(c)))
+@cases_where(supports("sf_jax", "sf_torch"))
 def test_jax_and_torch_follow_each_other(case: Case) -> None:
-    hold(case, ("jax scan", "torch"), "torch")
+    hold(case, "torch", {"sf_jax"})
 
 
-@of_case("sgd/together", "adamw/together", "radam/plain", "adamw/b1_schedule")
-def test_jax_is_the_same_program_by_program(case: Case) -> None:
-    hold(case, IN_JAX)
-
-
-@of_case("sgd/warmup", "adamw/bfloat16")
-def test_jax_is_the_same_without_jit(case: Case) -> None:
-    hold(case, EAGER)
-
-
-@of_case("sgd/plain", "adamw/plain", "adamw/decay_y", "adamw/network")
+@cases_where(lambda c: supports("optax")(c) and "warmup" not in c.features)
 def test_optax_contrib_agrees_without_warmup(case: Case) -> None:
-    hold(case, ("optax",))
+    hold(case, "reference", {"optax"})
 
 
-@of_case("sgd/warmup", "adamw/warmup")
+@cases_where(lambda c: supports("optax")(c) and "warmup" in c.features)
 def test_optax_contrib_parts_with_warmup(case: Case) -> None:
     outcome = check(case, "optax", "reference")
     assert outcome.limit is tolerances.OPTAX_WARMUP
     assert outcome.ok, outcome.distance
 
 
-def test_every_voice_runs_some_case_and_every_refusal_says_why() -> None:
-    for voice in VOICES:
-        reasons = [unsupported(case, voice) for case in CASES]
-        assert None in reasons, voice
-        assert all(reason is None or len(reason) > 5 for reason in reasons)
+@pytest.mark.parametrize("voice", VOICES)
+def test_every_voice_runs_some_case_and_every_refusal_says_why(voice: str) -> None:
+    reasons = [unsupported(case, voice) for case in CASES]
+    assert None in reasons
+    assert all(reason is None or len(reason) > 5 for reason in reasons)
+
+
+def test_every_kind_of_leaf_dtype_and_source_is_in_the_registry() -> None:
+    shapes = {shape for case in CASES for shape in case.tree.values()}
+    assert () in shapes
+    assert any(0 in shape for shape in shapes)
+    assert {case.dtype for case in CASES} == {"float32", "float64", "bfloat16"}
+    assert {"missing gradients", "groups", "complex"} <= {
+        feature for case in CASES for feature in case.features
+    }
+    assert len({case.name for case in CASES}) == len(CASES)

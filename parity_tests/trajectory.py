@@ -40,20 +40,23 @@ class Trajectory:
 
         return cls(*map(stack, zip(*steps, strict=True)))
 
-    def with_rounding(self, extra: float = 0.0) -> "Trajectory":
+    def with_rounding(
+        self, changes_from: Mapping[str, np.ndarray] | None = None
+    ) -> "Trajectory":
         """With what rounding y to bfloat16 does: half a spacing.
 
-        ``extra``: of each step's change, where that is rounded before it is added.
+        ``changes_from``: the initial weights, where each step's change is rounded to
+        bfloat16 before it is added, and the sum again: by 2^-9 of the change each.
         """
-
-        def rounding(y: np.ndarray) -> np.ndarray:
+        rounding = {}
+        for name, y in self.y.items():
             spacing = np.ldexp(1.0, np.frexp(np.abs(y))[1] - 8)  # 8 binary digits
-            change = np.abs(np.diff(y, axis=0, prepend=np.zeros_like(y[:1])))
-            return spacing / 2 + extra * change
-
-        return dataclasses.replace(
-            self, rounding={name: rounding(y) for name, y in self.y.items()}
-        )
+            rounding[name] = spacing / 2
+            if changes_from is not None:
+                before = wide(changes_from[name])[None]
+                change = np.abs(np.diff(y, axis=0, prepend=before))
+                rounding[name] += 2.0**-8 * change
+        return dataclasses.replace(self, rounding=rounding)
 
     def __len__(self) -> int:
         return len(next(iter(self.y.values())))

@@ -52,7 +52,7 @@ class AdamWState(NamedTuple):
 def init_moments(z: optax.Params, inner_momentum: jax.typing.ArrayLike) -> AdamWState:
     no_momentum = _checks.is_zero(inner_momentum)
     return AdamWState(
-        nu=jax.tree.map(lambda z: jnp.zeros(z.shape, jnp.finfo(z.dtype).dtype), z),
+        nu=jax.tree.map(lambda z: jnp.zeros_like(z, jnp.finfo(z.dtype).dtype), z),
         mu=jax.tree.map(
             lambda z: optax.MaskedNode() if no_momentum else jnp.zeros_like(z), z
         ),

@@ -147,13 +147,14 @@ def rule(
         count = jnp.zeros((), jnp.int32)
         return ScheduleFreeState(
             count=count,
-            b1=jnp.asarray(next_b1(count), scalar_dtype()),
+            # A copy: an injected β lies in the state a second time.
+            b1=_copy(next_b1(count), scalar_dtype()),
             weight_sum=zero,
             weight_sum_lo=zero.copy(),
             lr_max=zero.copy(),
             z=z,
             x=x,
-            base_state=base.init(z),
+            base_state=_placed_like(z, base.init(z)),
             step_size_state=step_size.init(params),
         )
 
@@ -292,12 +293,15 @@ def schedule_free(
         missing or gradients that do not fit them.
 
     Examples:
+      >>> from functools import partial
       >>> import jax, jax.numpy as jnp, optax, sf_jax
       >>> tx = sf_jax.schedule_free(optax.rmsprop(0.05), learning_rate=0.05)
       >>> loss = lambda w: jnp.sum((w - 3.0) ** 2)
       >>> params = jnp.zeros(2)  # y
       >>> state = tx.init(params)
-      >>> @jax.jit
+      >>> # Donate params and state, and return them in the SAME ORDER: XLA pairs the
+      >>> # buffers as they come, and copies them where the pairs do not fit.
+      >>> @partial(jax.jit, donate_argnums=(0, 1))
       ... def step(params, state):
       ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
       ...     return optax.apply_updates(params, updates), state
@@ -377,6 +381,31 @@ def _state_dtype(
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return jnp.promote_types(state_dtype, jnp.complex64)
     return jnp.dtype(state_dtype)
+
+
+def _placed_like(z: optax.Params, state: optax.OptState) -> optax.OptState:
+    """Under jit: the moments of a leaf lie on the devices where the leaf lies.
+
+    Zeros depend on nothing, so the compiler would give every device all of them.
+    Here they depend on the leaf in a way that the compiler cannot see through.
+    (jax.experimental.shard_alike is made for this, but in JAX 0.10 it places all leaves
+    of one shape alike.) Outside jit ``zeros_like`` takes care of it.
+    """
+    by_path = dict(jax.tree.leaves_with_path(z))
+
+    def place(path: tuple[Any, ...], leaf: Any) -> Any:
+        for start in range(len(path) + 1):
+            param = by_path.get(path[start:])
+            if (
+                isinstance(param, jax.core.Tracer)
+                and param.ndim
+                and param.shape == jnp.shape(leaf)
+            ):
+                nothing = jax.lax.optimization_barrier(jnp.abs(param)) < 0
+                return leaf + nothing.astype(leaf.dtype)
+        return leaf
+
+    return jax.tree.map_with_path(place, state)
 
 
 def _is_master(z: jax.Array, param: jax.Array) -> bool:

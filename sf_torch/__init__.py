@@ -16,6 +16,7 @@ from sf_torch._radam import (
     RAdamScheduleFreeClosure,
     RAdamScheduleFreeReference,
 )
+from sf_torch._record import Recorder, read_record, record
 from sf_torch._sgd import (
     SGDScheduleFree,
     SGDScheduleFreeClosure,
@@ -35,6 +36,7 @@ __all__ = [
     "RAdamScheduleFree",
     "RAdamScheduleFreeClosure",
     "RAdamScheduleFreeReference",
+    "Recorder",
     "SGDScheduleFree",
     "SGDScheduleFreeClosure",
     "SGDScheduleFreeReference",
@@ -42,6 +44,8 @@ __all__ = [
     "ScheduleFreeWrapperReference",
     "follow",
     "load_checkpoint",
+    "read_record",
+    "record",
     "save_checkpoint",
     "update_bn",
 ]

@@ -82,11 +82,12 @@ def move_y(ys: Tensors, old_zs: Tensors, zs: Tensors, scalars: Scalars) -> None:
     rounding of y is one of x, times 1 / β, and they add up.
     """
     to_z, to_step = lean_coefficients(scalars)
+    if to_step == 0:
+        return  # β = 1 and c = 0: y is x, which stays
     moves = torch._foreach_sub(old_zs, ys)
     torch._foreach_sub_(old_zs, zs)
-    torch._foreach_mul_(moves, to_z)
-    torch._foreach_add_(moves, old_zs, alpha=-to_step)
-    torch._foreach_add_(ys, moves)
+    torch._foreach_add_(old_zs, moves, alpha=-to_z / to_step)
+    torch._foreach_add_(ys, old_zs, alpha=-to_step)
 
 
 def lean_coefficients(scalars: Scalars) -> tuple[float, float]:
@@ -138,8 +139,11 @@ def _has_fused_adam(leaves: "Leaves") -> bool:
 
 def _fused_adam(leaves: "Leaves", step: BaseStep) -> None:
     v, b = list(leaves.moments["exp_avg_sq"]), step.inner_momentum
-    # Without momentum the kernel still writes one.
+    # Without momentum the kernel still writes one, and reads it: 0 times whatever lies
+    # in fresh memory may be NaN.
     means = leaves.moments["exp_avg"] if b else leaves.spare("mean")
+    if not b:
+        torch._foreach_zero_(means)
     targets, lr = leaves.zs, step.lr
     if step.weight_decay:
         # From zero, so that decay joins before z is rounded, and only once.

@@ -22,8 +22,8 @@ def save_checkpoint(
     """Writes model and optimizer, whole or not at all; neither changes.
 
     The file is a dict that ``torch.load(path, weights_only=True)`` reads: ``model``
-    (the state dict at x), ``optimizer``, ``training`` (the mode), ``versions`` and
-    ``extra``.
+    (the state dict at x), ``optimizer``, ``training`` (the mode), ``y`` (in train mode,
+    the live parameters), ``versions`` and ``extra``.
 
     Args:
       path: of the file. It is replaced only once the new one is complete.
@@ -49,6 +49,8 @@ def save_checkpoint(
         "model": optimizer.eval_state_dict(model),
         "optimizer": optimizer.state_dict(),
         "training": optimizer.training,
+        # x and z give y back but for its last digit, which a resumed run would notice.
+        "y": _parameters(optimizer) if optimizer.training else None,
         "versions": {"torch": str(torch.__version__)},
         "extra": extra,
     }
@@ -70,7 +72,7 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Loads what :func:`save_checkpoint` wrote: the model at y or x, as it was saved.
 
-    In train mode y is made from x and z, within one rounding of the y that was saved.
+    A run that goes on from here is the uninterrupted run, bit for bit.
 
     Args:
       path: of the file.
@@ -101,6 +103,9 @@ def load_checkpoint(
     model.load_state_dict(content["model"])
     if content["training"]:
         optimizer.train()
+        with torch.no_grad():
+            for p, y in zip(_parameters(optimizer), content["y"], strict=True):
+                p.copy_(y)
     model.train(content["training"])
     return content["extra"]
 
@@ -123,6 +128,10 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
             "save_checkpoint wrote."
         )
     return content
+
+
+def _parameters(optimizer: ScheduleFree) -> list[torch.Tensor]:
+    return [p.detach() for group in optimizer.param_groups for p in group["params"]]
 
 
 def _check_pair(model: torch.nn.Module, optimizer: ScheduleFree) -> None:

@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import torch
 
@@ -77,5 +80,30 @@ def test_digits_report_needs_no_other_file(digits):
     assert "nan" not in re.sub(r"base64,[^\"]*", "", page).lower()
 
 
+def test_ported_run_agrees_on_equal_gradients(run):
+    summary = json.loads((run("port_a_run")[1] / "summary.json").read_text())
+    assert summary["ulps_when_ported"] <= 1
+    assert summary["max_ulps_equal_gradients"] <= 64
+
+
 def test_digits_checkpoint_holds_tensors_only(digits):
     torch.load(digits[1] / "torch.pt", weights_only=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["char_lm_linen", "char_lm_nnx"])
+def test_a_resumed_character_model_is_the_uninterrupted_one(run, name, tmp_path):
+    command = [sys.executable, EXAMPLES / f"{name}.py", "--smoke", "--out", tmp_path]
+    for options in (["--steps", "2"], ["--steps", "4", "--resume"]):
+        done = subprocess.run(
+            command + options, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+    assert "resumed after step 2" in done.stdout
+
+    def at_the_end(out):
+        with ocp.CheckpointManager((out / "checkpoints").resolve()) as manager:
+            return manager.restore(4)
+
+    _, out = run(name)
+    jax.tree.map(np.testing.assert_array_equal, at_the_end(tmp_path), at_the_end(out))

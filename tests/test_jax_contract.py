@@ -103,6 +103,13 @@ def test_params_and_state_can_be_donated(make):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), params, expected)
 
 
+def test_injected_hyperparameters_can_be_donated():
+    """No buffer lies in the state twice, though β is in it in two places."""
+    tx = optax.inject_hyperparams(sf_jax.schedule_free_sgd)(0.1, b1=0.9)
+    arrays = [leaf for leaf in jax.tree.leaves(tx.init(PARAMS)) if leaf.size]
+    assert len({leaf.unsafe_buffer_pointer() for leaf in arrays}) == len(arrays)
+
+
 def test_multi_steps_promotes_nothing(make):
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
     tx = optax.MultiSteps(make(), every_k_schedule=2)
