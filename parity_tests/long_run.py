@@ -150,7 +150,8 @@ def x_of(package: str, name: str, run: Run, every: int) -> np.ndarray:
         group = {"params": [p], **row.arguments(options)}
         return make([group], options, "", False)
 
-    return in_torch(build, *map(torch.from_numpy, run[:2]), every)
+    tensors = torch.from_numpy(run.start), torch.from_numpy(run.grads)
+    return in_torch(build, *tensors, every)
 
 
 def distances(

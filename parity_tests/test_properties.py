@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 import sf_jax
 from parity_tests import reference
-from parity_tests.optimizers import OPTIMIZERS, Options
+from parity_tests.optimizers import OPTIMIZERS
+from parity_tests.options import Options
 
 Tree = dict[str, np.ndarray]
 
@@ -174,6 +175,7 @@ def in_torch(example: Example, start: Tree, grads: list[Tree], leaves: Any) -> W
     row, options = OPTIMIZERS[example.name], options_of(example)
     arguments = row.arguments(options.at(0))
     group = {"params": list(params.values()), "store_x": example.store_x, **arguments}
+    assert row.torch is not None
     optimizer = row.torch([group], options.at(0), "", False)
     optimizer.train()
     steps = []
