@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 PYTEST  = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 WORKERS ?= 2
 
-.PHONY: demo test test-slow tpu lint format parity clean help
+.PHONY: demo test test-slow tpu lint format parity bench clean help
 .DEFAULT_GOAL := help
 
 $(STAMP): pyproject.toml constraints.txt
@@ -40,6 +40,10 @@ format: $(STAMP)  ## put the code into ruff's format
 
 parity: $(STAMP)  ## the parity matrix, with its report in out/parity/
 	$(BIN)/python -m parity_tests matrix --report out/parity
+
+bench: $(STAMP)  ## step time against the floor and peers, 5 minutes on two cores
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m benchmarks
 
 clean:  ## remove .venv, out/ and caches
 	rm -rf $(VENV) out build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

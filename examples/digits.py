@@ -33,7 +33,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
-import sf_jax
+import sf_jax.flax
 import sf_torch
 from digits_nets import FlaxNet, TorchNet, torch_layout
 from digits_report import Record, write_figure, write_report
@@ -123,16 +123,8 @@ def flax_accuracy(
     state: TrainState, batches: jax.Array, images: jax.Array, labels: jax.Array
 ) -> jax.Array:
     """Accuracy at x, with BatchNorm's statistics taken at x over `batches`."""
-    params = sf_jax.eval_params(state)
-    # With no weight on the old statistics, what comes back is the batch's own.
-    net = FlaxNet(bn_momentum=0.0)
-
-    def stats_of(batch: jax.Array) -> Any:
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        return net.apply(variables, batch, train=True, mutable=["batch_stats"])[1]
-
-    stats = jax.tree.map(lambda s: s.mean(0), jax.lax.map(stats_of, batches))
-    logits: Any = net.apply({"params": params, **stats}, images, train=False)
+    at_x = sf_jax.flax.eval_variables(state, batches, train=True)
+    logits = state.apply_fn(at_x, images, train=False)
     return (logits.argmax(-1) == labels).mean()
 
 

@@ -16,14 +16,12 @@ import torch
 class FlaxNet(nn.Module):
     """Images (batch, 8, 8, 1) to logits (batch, 10)."""
 
-    bn_momentum: float = 0.9  # weight of the old running statistics
-
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         norm = partial(
             nn.BatchNorm,
             use_running_average=not train,
-            momentum=self.bn_momentum,
+            momentum=0.9,
             epsilon=1e-5,
         )
         h = nn.Conv(16, (3, 3), use_bias=False, name="conv1")(images)

@@ -5,7 +5,15 @@ References:
 """
 
 from sf_jax._adamw import schedule_free_adamw
+from sf_jax._averaging import (
+    exponential_average,
+    polynomial_average,
+    refined_average,
+)
 from sf_jax._eval import eval_params, train_params
+from sf_jax._gpa import gpa_adamw
+from sf_jax._plus import schedule_free_plus
+from sf_jax._prodigy import schedule_free_prodigy
 from sf_jax._radam import schedule_free_radam
 from sf_jax._schedule_free import ScheduleFreeState, schedule_free
 from sf_jax._sgd import schedule_free_sgd
@@ -15,8 +23,14 @@ __version__ = "0.1.0"
 __all__ = [
     "ScheduleFreeState",
     "eval_params",
+    "exponential_average",
+    "gpa_adamw",
+    "polynomial_average",
+    "refined_average",
     "schedule_free",
     "schedule_free_adamw",
+    "schedule_free_plus",
+    "schedule_free_prodigy",
     "schedule_free_radam",
     "schedule_free_sgd",
     "train_params",

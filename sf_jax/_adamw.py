@@ -18,7 +18,8 @@ the denominator at :math:`\sqrt v + \epsilon`:
 - ``"paper"`` multiplies it into lr_k, so that the averaging weight sees it too;
 - ``"algoperf"``, the winner of the self-tuning track of the AlgoPerf competition,
   multiplies it into the whole displacement but not into the averaging weight, decays
-  at x and keeps lr_k at eps or above.
+  at x and keeps lr_k at eps or above;
+- ``"adamc"``, for :mod:`sf_jax._plus` only, scales the decay by lr_k once more.
 
 References:
   Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
@@ -34,10 +35,18 @@ import jax.numpy as jnp
 import optax
 
 from sf_jax import _averaging, _checks, _double
-from sf_jax._averaging import complement, one_minus_power
-from sf_jax._decay import DECAY_AT, Mask, add_decay
+from sf_jax._averaging import Average, complement, one_minus_power
+from sf_jax._decay import Mask, add_decay
 from sf_jax._double import Double, double
-from sf_jax._schedule_free import Base, Iterates, like, of_count, rule, widen
+from sf_jax._schedule_free import (
+    SEQUENCES,
+    Base,
+    Iterates,
+    like,
+    of_count,
+    rule,
+    widen,
+)
 
 VARIANTS = ("standard", "paper", "algoperf")
 
@@ -52,7 +61,7 @@ class AdamWState(NamedTuple):
 def init_moments(z: optax.Params, inner_momentum: jax.typing.ArrayLike) -> AdamWState:
     no_momentum = _checks.is_zero(inner_momentum)
     return AdamWState(
-        nu=jax.tree.map(lambda z: jnp.zeros(z.shape, jnp.finfo(z.dtype).dtype), z),
+        nu=jax.tree.map(lambda z: jnp.zeros_like(z, jnp.finfo(z.dtype).dtype), z),
         mu=jax.tree.map(
             lambda z: optax.MaskedNode() if no_momentum else jnp.zeros_like(z), z
         ),
@@ -99,6 +108,17 @@ def numerator(
     return jax.tree.map(of_leaf, grads, moments.mu)
 
 
+def denominator(
+    nu: jax.Array, correction: jax.Array, eps: jax.typing.ArrayLike
+) -> jax.Array:
+    """``sqrt(v / correction) + eps``, and never 0."""
+    nu = widen(nu)
+    # While all gradients are 0, so is v, and with eps = 0 a step would be 0 / 0. The
+    # smallest normal number changes no root of a v that is not 0.
+    least = jnp.maximum(like(eps, nu), jnp.finfo(nu.dtype).tiny)
+    return jnp.sqrt(nu / like(correction, nu)) + least
+
+
 def abs_squared(g: jax.Array) -> jax.Array:
     g = widen(g)
     return jnp.square(g.real) + jnp.square(g.imag) if jnp.iscomplexobj(g) else g * g
@@ -122,20 +142,21 @@ def adamw_base(
         extra_args: dict[str, Any],
     ) -> tuple[optax.Updates, AdamWState]:
         moments = update_moments(grads, moments, b2, inner_momentum)
-        correction = one_minus_power(b2, count)
+        correction, decay = one_minus_power(b2, count), weight_decay
         if variant == "algoperf":
             lr = lr * jnp.sqrt(correction)
-        if variant != "standard":
+        if variant in ("paper", "algoperf"):
             correction = jnp.ones_like(correction)
+        if variant == "adamc" and weight_decay is not None:
+            decay = 0.0 if _checks.is_zero(weight_decay) else lr * weight_decay
 
         def adam(g: jax.Array, nu: jax.Array) -> jax.Array:
-            nu = widen(nu)
-            return g / (jnp.sqrt(nu / like(correction, nu)) + like(eps, nu))
+            return g / denominator(nu, correction, eps)
 
         direction = jax.tree.map(
             adam, numerator(grads, moments, inner_momentum, count), moments.nu
         )
-        direction = add_decay(direction, iterates, weight_decay, decay_at, mask)
+        direction = add_decay(direction, iterates, decay, decay_at, mask)
         return jax.tree.map(lambda d: -like(lr, d) * d, direction), moments
 
     return Base(lambda z: init_moments(z, inner_momentum), update)
@@ -155,6 +176,7 @@ def schedule_free_adamw(
     inner_momentum: float = 0.0,
     decay_at: str = "y",
     mask: Mask | None = None,
+    average: Average | None = None,
     store_x: bool = False,
     variant: str = "standard",
 ) -> optax.GradientTransformationExtraArgs:
@@ -189,6 +211,9 @@ def schedule_free_adamw(
       decay_at: "y", "z" or "x": what the decay pulls towards zero by.
       mask: which leaves decay: a prefix tree of bools or a function of params giving
         one; None for all.
+      average: another averaging weight in place of that of ``r`` and
+        ``weight_lr_power``: :func:`~sf_jax.refined_average`,
+        :func:`~sf_jax.exponential_average`, or your own.
       store_x: keep x in the state, so that ``eval_params`` needs no params.
       variant: where the bias correction of v stands: "standard" (in the
         denominator), "paper" or "algoperf", which decays at x whatever ``decay_at``
@@ -224,7 +249,7 @@ def schedule_free_adamw(
     _checks.decay_rate("inner_momentum", inner_momentum)
     _checks.eps(eps)
     _checks.weight_decay(weight_decay)
-    _checks.choice("decay_at", decay_at, DECAY_AT)
+    _checks.choice("decay_at", decay_at, SEQUENCES)
     _checks.choice("variant", variant, VARIANTS)
     step_size = _averaging.scheduled(learning_rate, warmup_steps)
     if variant == "paper":
@@ -235,7 +260,7 @@ def schedule_free_adamw(
     return rule(
         adamw_base(b2, eps, inner_momentum, weight_decay, decay_at, mask, variant),
         of_count(step_size),
-        _averaging.polynomial_average(r, weight_lr_power),
+        average or _averaging.polynomial_average(r, weight_lr_power),
         b1,
         state_dtype=state_dtype,
         store_x=store_x,

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sf_jax import _double
+from sf_jax import _checks, _double
 from sf_jax._double import Double, double, scalar_dtype
 
 
@@ -64,6 +64,102 @@ def polynomial_average(
         return ckp1, Weights(weight_sum, lr_max.hi)
 
     return average
+
+
+def refined_average(
+    c: jax.typing.ArrayLike,
+    b1: optax.ScalarOrSchedule,
+    r: jax.typing.ArrayLike = 0.0,
+    weight_lr_power: jax.typing.ArrayLike = 2.0,
+) -> Average:
+    r"""Refined Schedule-Free: the length of the average apart from β.
+
+    .. math::
+
+        c_k = \min(1, (1 - \beta) \, C \, w_k / W_k)
+
+    Args:
+      c: C, the decoupling constant; ``1 / (1 - b1)`` gives the plain average, more
+        weighs late steps more.
+      b1: β, what the optimizer gets as its ``b1``: a float, an array or a schedule.
+      r: as in :func:`polynomial_average`, whose ``w_k / W_k`` this scales.
+      weight_lr_power: likewise.
+
+    Returns:
+      An averaging weight, for the ``average`` of any optimizer here.
+
+    Raises:
+      ValueError: a negative ``c``, ``b1`` outside [0, 1].
+
+    Examples:
+      >>> import sf_jax
+      >>> average = sf_jax.refined_average(50.0, b1=0.95)
+      >>> tx = sf_jax.schedule_free_adamw(0.01, b1=0.95, average=average)
+
+    References:
+      Song et al., *Through the River: Understanding the Benefit of Schedule-Free
+        Methods for Language Model Training*, https://arxiv.org/abs/2507.09846
+    """
+    _checks.non_negative(
+        "c", c, "the decoupling constant, 1 / (1 - b1) at its plainest"
+    )
+    _checks.interpolation("b1", b1)
+    polynomial = polynomial_average(r, weight_lr_power)
+
+    def average(
+        count: jax.Array, lr: Double, weights: Weights
+    ) -> tuple[jax.Array, Weights]:
+        ckp1, weights = polynomial(count, lr, weights)
+        factor = c * complement(b1(count) if callable(b1) else b1)
+        return jnp.minimum(factor * ckp1, 1.0), weights
+
+    return average
+
+
+def exponential_average(mu_x: optax.ScalarOrSchedule = 0.9967) -> Average:
+    r"""``c_k = 1 - μ_x``: an exponential moving average, as in primal averaging.
+
+    Args:
+      mu_x: weight of the old x in the new, in [0, 1]; a float, an array or a schedule
+        of the count. ``1 - 1 / (k + 1)`` is the plain average of Schedule-Free.
+
+    Returns:
+      An averaging weight, for the ``average`` of any optimizer here.
+
+    Raises:
+      ValueError: ``mu_x`` outside [0, 1].
+
+    Examples:
+      >>> import sf_jax
+      >>> average = sf_jax.exponential_average(0.99)
+      >>> tx = sf_jax.schedule_free_sgd(0.5, average=average)
+
+    References:
+      Defazio et al., *Smoothing DiLoCo with Primal Averaging for Faster Training of
+        LLMs*, https://arxiv.org/abs/2512.17131
+    """
+    _checks.interpolation("mu_x", mu_x, "the weight of the old x in the new")
+
+    def average(
+        count: jax.Array, lr: Double, weights: Weights
+    ) -> tuple[jax.Array, Weights]:
+        return complement(mu_x(count) if callable(mu_x) else mu_x), weights
+
+    return average
+
+
+def average_after(c_warmup: jax.typing.ArrayLike, average: Average) -> Average:
+    """x is z for the first ``c_warmup`` steps, which add no weight to the average."""
+
+    def delayed(
+        count: jax.Array, lr: Double, weights: Weights
+    ) -> tuple[jax.Array, Weights]:
+        ckp1, later = average(count, lr, weights)
+        warming = count < c_warmup
+        weight_sum = _double.where(warming, weights.weight_sum, later.weight_sum)
+        return jnp.where(warming, 1.0, ckp1), Weights(weight_sum, later.lr_max)
+
+    return delayed
 
 
 def scheduled(

@@ -26,12 +26,13 @@ def is_zero(value: Any) -> bool:
     return bool(np.all(np.asarray(value) == 0))
 
 
-def interpolation(name: str, value: Any) -> None:
+def interpolation(
+    name: str,
+    value: Any,
+    meaning: str = "the weight of x in y (usually 0.9 to 0.98)",
+) -> None:
     if is_number(value) and not 0 <= value <= 1:
-        raise ValueError(
-            f"{name} must lie in [0, 1], got {value}. It is the weight of x in y "
-            "(usually 0.9 to 0.98)."
-        )
+        raise ValueError(f"{name} must lie in [0, 1], got {value}. It is {meaning}.")
 
 
 def decay_rate(name: str, value: Any) -> None:
@@ -65,14 +66,18 @@ def eps(value: Any) -> None:
     non_negative("eps", value, "added to a square root in the denominator")
 
 
-def warmup_steps(value: Any) -> None:
+def steps(name: str, value: Any) -> None:
     if is_number(value):
         if not isinstance(value, numbers.Integral):
             raise TypeError(
-                f"warmup_steps must be an integer, got {value}. It counts steps; use "
+                f"{name} must be an integer, got {value}. It counts steps; use "
                 f"{round(float(value))}."
             )
-        non_negative("warmup_steps", value, "a number of steps; 0 turns warmup off")
+        non_negative(name, value, "a number of steps; 0 turns it off")
+
+
+def warmup_steps(value: Any) -> None:
+    steps("warmup_steps", value)
 
 
 def choice(name: str, value: Any, choices: Sequence[str]) -> None:

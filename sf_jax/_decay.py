@@ -9,8 +9,6 @@ import optax
 from sf_jax import _checks
 from sf_jax._schedule_free import Iterates, like, widen
 
-DECAY_AT = ("y", "z", "x")
-
 Mask = Any | Callable[[optax.Params], Any]
 """Which leaves decay: a prefix tree of bools, or a function of params giving one."""
 

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 
 from sf_jax._schedule_free import ScheduleFreeState, recover_x, recover_y
 
 Path = tuple[str, ...]
+_ROOT: Path = ()  # of a tree that is a single leaf
 
 # What tells a ScheduleFreeState that came back from a checkpoint as a dict.
 _FIELDS_OF_A_RESTORED_STATE = {"count", "b1", "weight_sum", "z"}
@@ -46,13 +48,15 @@ def eval_params(state: Any, params: Any = None) -> Any:
         with those keys), or an optimizer state, as it is or restored from a
         checkpoint as plain dicts. The Schedule-Free state may lie anywhere inside:
         under ``chain``, ``masked``, ``partition``, ``MultiSteps``,
-        ``inject_hyperparams``, ``apply_if_finite``, nested.
+        ``inject_hyperparams``, ``apply_if_finite``, nested; under ``optax.flatten``
+        where that has all params.
       params: the live parameters y. Not needed with a train state, nor where the
         state holds all of x (``store_x=True``, half precision, ``b1=0``).
 
     Returns:
       x, with the structure and shapes of params. Its dtypes are those of params
-      where they are known, else those of the state (float32 for bfloat16 params).
+      where they are known, else those of the state (float32 for bfloat16 params);
+      a state under ``optax.flatten`` knows of no structure and gives a flat vector.
       Leaves that no Schedule-Free state owns come back as they are.
 
     Raises:
@@ -184,9 +188,7 @@ def _owned_leaves(opt_state: Any) -> dict[Path, _Owned]:
                     f"two Schedule-Free states own the leaf {_name(path)}, so there "
                     "is no single x. Pass the one that belongs to these params."
                 )
-            owned[path] = _Owned(
-                jnp.asarray(z), stored.get(path), jnp.asarray(state.b1)
-            )
+            owned[path] = _Owned(jnp.asarray(z), stored.get(path), _array(state.b1))
     return owned
 
 
@@ -213,6 +215,8 @@ def _stored_x(opt_state: Any, owned: Mapping[Path, _Owned]) -> Any:
 
 
 def _map_owned(fn: Any, owned: Mapping[Path, _Owned], params: Any) -> Any:
+    if _ROOT in owned and not jax.tree_util.all_leaves([params]):
+        return _map_flat(fn, owned[_ROOT], params)
     shapes = {path: jnp.shape(p) for path, p in _leaves_by_path(params).items()}
     for path, leaf in owned.items():
         if path not in shapes:
@@ -239,18 +243,40 @@ def _map_owned(fn: Any, owned: Mapping[Path, _Owned], params: Any) -> Any:
     return jax.tree.map_with_path(apply, params)
 
 
+def _map_flat(fn: Any, leaf: _Owned, params: Any) -> Any:
+    """One vector owns the whole tree: ``optax.flatten`` made it."""
+    flat, unflatten = ravel_pytree(params)
+    if jnp.shape(leaf.z) != flat.shape:
+        raise ValueError(
+            f"the state averages one array of shape {jnp.shape(leaf.z)}, and params "
+            f"have {flat.size} elements. Pass the params that this state was made "
+            "from; under optax.flatten they must be all params, not those that "
+            "optax.masked or optax.partition select."
+        )
+    return unflatten(_map_owned(fn, {_ROOT: leaf}, flat))
+
+
 def _leaves_by_path(tree: Any) -> dict[Path, Any]:
     return {_key(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def _key(path: Sequence[Any]) -> Path:
-    """A path by its names alone: ``a[0]`` and ``a["0"]`` are the same leaf."""
-    return tuple(
+    """A path by its names alone: ``a[0]`` and ``a["0"]`` are the same leaf.
+
+    So are a Flax NNX variable and the array in it, which is its ``value``.
+    """
+    names = tuple(
         str(getattr(entry, attribute))
         for entry in path
         for attribute in ("key", "name", "idx")
         if hasattr(entry, attribute)
     )
+    return names[:-1] if names[-1:] == ("value",) else names
+
+
+def _array(leaf: Any) -> jax.Array:
+    """The array in an NNX variable, also one that was restored as a dict."""
+    return jnp.asarray(leaf["value"] if isinstance(leaf, Mapping) else leaf)
 
 
 def _name(path: Path) -> str:

@@ -28,8 +28,8 @@ import jax.numpy as jnp
 import optax
 
 from sf_jax import _averaging, _checks, _double
-from sf_jax._adamw import AdamWState, init_moments, update_moments
-from sf_jax._averaging import complement, one_minus_power
+from sf_jax._adamw import AdamWState, denominator, init_moments, update_moments
+from sf_jax._averaging import Average, complement, one_minus_power
 from sf_jax._decay import Mask, add_decay
 from sf_jax._double import Double, double, scalar_dtype
 from sf_jax._schedule_free import Base, Iterates, like, of_count, rule, widen
@@ -94,11 +94,8 @@ def radam_base(
         rectified = rho(b2, count) > 4
 
         def radam(g: jax.Array, nu: jax.Array) -> jax.Array:
-            g, nu = widen(g), widen(nu)
-            denominator = jnp.sqrt(nu / like(correction, nu)) + like(eps, nu)
-            # One division by a selected denominator: eps = 0 and v = 0 stay harmless
-            # in the steps that do not use them.
-            return g / jnp.where(rectified, denominator, jnp.ones_like(denominator))
+            divisor = denominator(nu, correction, eps)
+            return widen(g) / jnp.where(rectified, divisor, jnp.ones_like(divisor))
 
         direction = add_decay(
             jax.tree.map(radam, grads, moments.nu), iterates, weight_decay, "y", mask
@@ -120,6 +117,7 @@ def schedule_free_radam(
     r: float = 0.0,
     silent_sgd_phase: bool = True,
     mask: Mask | None = None,
+    average: Average | None = None,
     store_x: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Schedule-Free RAdam, which needs no warmup.
@@ -150,6 +148,9 @@ def schedule_free_radam(
         gradients (five with b2 = 0.999), move nothing. If not, they are SGD steps.
       mask: which leaves decay: a prefix tree of bools or a function of params giving
         one; None for all.
+      average: another averaging weight in place of that of ``r`` and
+        ``weight_lr_power``: :func:`~sf_jax.refined_average`,
+        :func:`~sf_jax.exponential_average`, or your own.
       store_x: keep x in the state, so that ``eval_params`` needs no params.
 
     Returns:
@@ -192,7 +193,7 @@ def schedule_free_radam(
     return rule(
         radam_base(b2, eps, weight_decay, mask),
         of_count(step_size),
-        _averaging.polynomial_average(r, weight_lr_power),
+        average or _averaging.polynomial_average(r, weight_lr_power),
         b1,
         state_dtype=state_dtype,
         store_x=store_x,

@@ -39,9 +39,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sf_jax import _averaging, _checks
+from sf_jax import _averaging, _checks, _double
 from sf_jax._averaging import Average, Weights
-from sf_jax._double import Double, scalar_dtype
+from sf_jax._double import Double, double, scalar_dtype
+
+SEQUENCES = ("y", "z", "x")
 
 
 class ScheduleFreeState(NamedTuple):
@@ -95,6 +97,9 @@ class Base(NamedTuple):
         [optax.Updates, optax.OptState, Iterates, jax.Array, jax.Array, dict[str, Any]],
         tuple[optax.Updates, optax.OptState],
     ]
+    # state after the step -> the factor that it put on lr, for a base that finds its
+    # own step size; the averaging weight sees it too
+    lr_scale: Callable[[optax.OptState], jax.typing.ArrayLike] | None = None
 
 
 class StepSize(NamedTuple):
@@ -147,13 +152,14 @@ def rule(
         count = jnp.zeros((), jnp.int32)
         return ScheduleFreeState(
             count=count,
-            b1=jnp.asarray(next_b1(count), scalar_dtype()),
+            # A copy: an injected β lies in the state a second time.
+            b1=_copy(next_b1(count), scalar_dtype()),
             weight_sum=zero,
             weight_sum_lo=zero.copy(),
             lr_max=zero.copy(),
             z=z,
             x=x,
-            base_state=base.init(z),
+            base_state=_placed_like(z, base.init(z)),
             step_size_state=step_size.init(params),
         )
 
@@ -187,6 +193,8 @@ def rule(
         displacement, base_state = base.update(
             grads, state.base_state, iterates, state.count, lr.hi, extra_args
         )
+        if base.lr_scale is not None:
+            lr = _double.multiply(lr, double(base.lr_scale(base_state)))
         ckp1, weights = average(
             state.count,
             lr,
@@ -249,6 +257,8 @@ def schedule_free(
     *,
     r: float = 0.0,
     average: Average | None = None,
+    decay_at: str = "y",
+    lr_scale: Callable[[Any], jax.typing.ArrayLike] | None = None,
     store_x: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Schedule-Free over any optax optimizer.
@@ -264,8 +274,7 @@ def schedule_free(
 
     Args:
       base_optimizer: any optax transformation, its learning rate included. It should
-        have no momentum of its own: β takes that part. It is given y as its params,
-        so its weight decay pulls y towards zero.
+        have no momentum of its own: β takes that part.
       learning_rate: a float, an array or a schedule of the count: what weighs the
         average (the base optimizer has its own). Give both the same schedule.
       b1: β, the weight of x in y, in [0, 1]; a float, an array or a schedule. A
@@ -277,6 +286,10 @@ def schedule_free(
       r: steps are also weighed by ``(k + 1) ** r``.
       average: another averaging weight, in place of the one that ``r`` and
         ``weight_lr_power`` describe: ``(count, lr, weights) -> (c, weights)``.
+      decay_at: "y", "z" or "x": what ``base_optimizer`` gets as its params, and so
+        what its weight decay pulls towards zero by.
+      lr_scale: for a ``base_optimizer`` that finds its own step size: the factor on
+        ``learning_rate`` that its state holds after a step.
       store_x: keep x in the state (one more array a leaf), so that ``eval_params``
         needs no params. x is always kept for parameters narrower than z and for
         ``b1 = 0``, where y does not determine it.
@@ -288,16 +301,19 @@ def schedule_free(
 
     Raises:
       ValueError: b1 outside [0, 1], a negative learning rate, a state_dtype that is
-        not floating; in ``init`` leaves that are not floating; in ``update`` params
-        missing or gradients that do not fit them.
+        not floating, an unknown ``decay_at``; in ``init`` leaves that are not
+        floating; in ``update`` params missing or gradients that do not fit them.
 
     Examples:
+      >>> from functools import partial
       >>> import jax, jax.numpy as jnp, optax, sf_jax
       >>> tx = sf_jax.schedule_free(optax.rmsprop(0.05), learning_rate=0.05)
       >>> loss = lambda w: jnp.sum((w - 3.0) ** 2)
       >>> params = jnp.zeros(2)  # y
       >>> state = tx.init(params)
-      >>> @jax.jit
+      >>> # Donate params and state, and return them in the SAME ORDER: XLA pairs the
+      >>> # buffers as they come, and copies them where the pairs do not fit.
+      >>> @partial(jax.jit, donate_argnums=(0, 1))
       ... def step(params, state):
       ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
       ...     return optax.apply_updates(params, updates), state
@@ -311,7 +327,13 @@ def schedule_free(
       Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
     """
     _checks.learning_rate(learning_rate)
+    _checks.choice("decay_at", decay_at, SEQUENCES)
     transformation = optax.with_extra_args_support(base_optimizer)
+
+    def init(z: optax.Params) -> optax.OptState:
+        # Of a copy, since some keep their first params: one buffer in two places of
+        # the state cannot be donated.
+        return transformation.init(jax.tree.map(jnp.copy, z))
 
     def update(
         grads: optax.Updates,
@@ -321,10 +343,10 @@ def schedule_free(
         lr: jax.Array,
         extra_args: dict[str, Any],
     ) -> tuple[optax.Updates, optax.OptState]:
-        return transformation.update(grads, state, iterates.y, **extra_args)
+        return transformation.update(grads, state, iterates.at(decay_at), **extra_args)
 
     return rule(
-        Base(transformation.init, update),
+        Base(init, update, lr_scale),
         of_count(_averaging.scheduled(learning_rate)),
         average or _averaging.polynomial_average(r, weight_lr_power),
         b1,
@@ -377,6 +399,31 @@ def _state_dtype(
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return jnp.promote_types(state_dtype, jnp.complex64)
     return jnp.dtype(state_dtype)
+
+
+def _placed_like(z: optax.Params, state: optax.OptState) -> optax.OptState:
+    """Under jit: the moments of a leaf lie on the devices where the leaf lies.
+
+    Zeros depend on nothing, so the compiler would give every device all of them.
+    Here they depend on the leaf in a way that the compiler cannot see through.
+    (jax.experimental.shard_alike is made for this, but in JAX 0.10 it places all leaves
+    of one shape alike.) Outside jit ``zeros_like`` takes care of it.
+    """
+    by_path = dict(jax.tree.leaves_with_path(z))
+
+    def place(path: tuple[Any, ...], leaf: Any) -> Any:
+        for start in range(len(path) + 1):
+            param = by_path.get(path[start:])
+            if (
+                isinstance(param, jax.core.Tracer)
+                and param.ndim
+                and param.shape == jnp.shape(leaf)
+            ):
+                nothing = jax.lax.optimization_barrier(jnp.abs(param)) < 0
+                return leaf + nothing.astype(leaf.dtype)
+        return leaf
+
+    return jax.tree.map_with_path(place, state)
 
 
 def _is_master(z: jax.Array, param: jax.Array) -> bool:

@@ -16,8 +16,9 @@ import jax
 import optax
 
 from sf_jax import _averaging, _checks
-from sf_jax._decay import DECAY_AT, Mask, add_decay
-from sf_jax._schedule_free import Base, Iterates, like, of_count, rule, widen
+from sf_jax._averaging import Average
+from sf_jax._decay import Mask, add_decay
+from sf_jax._schedule_free import SEQUENCES, Base, Iterates, like, of_count, rule, widen
 
 
 def sgd_base(
@@ -50,6 +51,7 @@ def schedule_free_sgd(
     r: float = 0.0,
     decay_at: str = "y",
     mask: Mask | None = None,
+    average: Average | None = None,
     store_x: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Schedule-Free SGD.
@@ -76,6 +78,9 @@ def schedule_free_sgd(
       decay_at: "y", "z" or "x": what the decay pulls towards zero by.
       mask: which leaves decay: a prefix tree of bools or a function of params giving
         one; None for all.
+      average: another averaging weight in place of that of ``r`` and
+        ``weight_lr_power``: :func:`~sf_jax.refined_average`,
+        :func:`~sf_jax.exponential_average`, or your own.
       store_x: keep x in the state, so that ``eval_params`` needs no params.
 
     Returns:
@@ -105,11 +110,11 @@ def schedule_free_sgd(
     _checks.learning_rate(learning_rate)
     _checks.warmup_steps(warmup_steps)
     _checks.weight_decay(weight_decay)
-    _checks.choice("decay_at", decay_at, DECAY_AT)
+    _checks.choice("decay_at", decay_at, SEQUENCES)
     return rule(
         sgd_base(weight_decay, decay_at, mask),
         of_count(_averaging.scheduled(learning_rate, warmup_steps)),
-        _averaging.polynomial_average(r, weight_lr_power),
+        average or _averaging.polynomial_average(r, weight_lr_power),
         b1,
         state_dtype=state_dtype,
         store_x=store_x,

@@ -6,15 +6,25 @@ References:
 
 from sf_torch._adamw import (
     AdamWScheduleFree,
+    AdamWScheduleFreeAlgoPerf,
     AdamWScheduleFreeClosure,
     AdamWScheduleFreePaper,
     AdamWScheduleFreeReference,
 )
 from sf_torch._follow import follow
+from sf_torch._gpa import GPAAdamW
+from sf_torch._plus import AdamCScheduleFreePlus, AdamCScheduleFreePlusPaper
 from sf_torch._radam import (
     RAdamScheduleFree,
     RAdamScheduleFreeClosure,
     RAdamScheduleFreeReference,
+)
+from sf_torch._record import Recorder, read_record, record
+from sf_torch._refined import (
+    AdamWScheduleFreeRefined,
+    RAdamScheduleFreeRefined,
+    ScheduleFreeWrapperRefined,
+    SGDScheduleFreeRefined,
 )
 from sf_torch._sgd import (
     SGDScheduleFree,
@@ -29,21 +39,32 @@ from sf_torch.distributed import check_modes
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdamCScheduleFreePlus",
+    "AdamCScheduleFreePlusPaper",
     "AdamWScheduleFree",
+    "AdamWScheduleFreeAlgoPerf",
     "AdamWScheduleFreeClosure",
     "AdamWScheduleFreePaper",
     "AdamWScheduleFreeReference",
+    "AdamWScheduleFreeRefined",
+    "GPAAdamW",
     "RAdamScheduleFree",
     "RAdamScheduleFreeClosure",
     "RAdamScheduleFreeReference",
+    "RAdamScheduleFreeRefined",
+    "Recorder",
     "SGDScheduleFree",
     "SGDScheduleFreeClosure",
     "SGDScheduleFreeReference",
+    "SGDScheduleFreeRefined",
     "ScheduleFreeWrapper",
     "ScheduleFreeWrapperReference",
+    "ScheduleFreeWrapperRefined",
     "check_modes",
     "follow",
     "load_checkpoint",
+    "read_record",
+    "record",
     "save_checkpoint",
     "update_bn",
 ]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import ParamsT
 
-from sf_torch._averaging import Group, one_minus_power
+from sf_torch._averaging import Group, one_minus_power, where
 from sf_torch._forms import Closure, Reference
 from sf_torch._kernels import BaseStep
 from sf_torch._optimizer import ScheduleFree, bookkeeping
@@ -106,10 +106,16 @@ class AdamWScheduleFree(ScheduleFree):
         )
 
     def _moments(self, group: Group) -> tuple[str, ...]:
-        return ("exp_avg_sq", "exp_avg") if group["inner_momentum"] else ("exp_avg_sq",)
+        if self._inner_momentum(group):
+            return "exp_avg_sq", "exp_avg"
+        return ("exp_avg_sq",)
+
+    def _inner_momentum(self, group: Group) -> float:
+        """Decay rate of the first moment in the numerator; 0 for no such moment."""
+        return group["inner_momentum"]
 
     def _base_step(self, group: Group, lr: float) -> BaseStep:
-        b, b2, k = group["inner_momentum"], group["betas"][1], group["k"]
+        b, b2, k = self._inner_momentum(group), group["betas"][1], group["k"]
         return BaseStep(
             lr,
             float(group["weight_decay"]),
@@ -152,6 +158,44 @@ class AdamWScheduleFreePaper(AdamWScheduleFree):
 
     def _base_step(self, group: Group, lr: float) -> BaseStep:
         return super()._base_step(group, lr)._replace(correction=1.0, steps=None)
+
+
+class AdamWScheduleFreeAlgoPerf(AdamWScheduleFree):
+    """Schedule-Free AdamW as it won the self-tuning track of AlgoPerf.
+
+        lr_k = max(eps, lr · min(1, (k+1) / warmup_steps))
+        z'   = z - lr_k sqrt(1 - b2^(k+1)) (g / (sqrt(v) + eps) + λ x)
+
+    The averaging weight sees lr_k alone. The entry had r = 0.75, b2 = 0.9955 and a
+    warmup of 2% of 0.75 of the step hint. Arguments and errors are those of
+    :class:`AdamWScheduleFree`, but for ``decay_at``, which is "x".
+
+    Examples:
+      >>> import torch, sf_torch
+      >>> w = torch.nn.Parameter(torch.ones(2))
+      >>> optimizer = sf_torch.AdamWScheduleFreeAlgoPerf([w], lr=0.1)
+      >>> optimizer.train()
+      >>> w.sum().backward()
+      >>> optimizer.step()
+      >>> [round(value, 3) for value in w.tolist()]
+      [0.9, 0.9]
+
+    References:
+      Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
+      https://github.com/mlcommons/algorithmic-efficiency (the competition)
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"decay_at": "x", **options})
+
+    def _step_size(self, group: Group) -> float:
+        lr, least = super()._step_size(group), group["eps"]
+        return where(lr > least, lr, least)
+
+    def _base_step(self, group: Group, lr: float) -> BaseStep:
+        correction = one_minus_power(group["betas"][1], group["k"])
+        step = super()._base_step(group, lr * correction**0.5)
+        return step._replace(correction=1.0, steps=None)
 
 
 class AdamWScheduleFreeReference(Reference, AdamWScheduleFree):

@@ -70,6 +70,8 @@ def rectification(b2: float, k: Any) -> tuple[Any, Any]:
     """Whether RAdam's step k is rectified, and the factor on its step size if it is."""
     t = k + 1
     rho_inf = 2 / (1 - b2) - 1
+    if rho_inf <= 4:  # for b2 up to 0.6, which no step gets beyond
+        return False, 0.0
     rho = rho_inf - 2 * t * b2**t / one_minus_power(b2, k)
     known = _max(rho, 4.0)  # below 4 the factor is not defined
     numerator = (known - 4) * (known - 2) * rho_inf

@@ -75,8 +75,8 @@ def warmup_steps(name: str, value: Any) -> None:
         )
     if value < 0:
         raise ValueError(
-            f"{name} must not be negative, got {value}. It counts steps; 0 turns "
-            "warmup off."
+            f"{name} must not be negative, got {value}. It counts steps; 0 turns it "
+            "off."
         )
 
 
@@ -105,6 +105,14 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "eps": non_negative,
     "weight_decay": non_negative,
     "warmup_steps": warmup_steps,
+    "c_warmup": warmup_steps,
+    "sf_beta1_anneal_steps": warmup_steps,
+    "sf_beta1": interpolation,
+    "sf_beta1_max": decay_rate,
+    "polyak_beta": decay_rate,
+    "mu_y": interpolation,
+    "mu_x": interpolation,
+    "refined_c": non_negative,
     "decay_at": decay_at,
     "state_dtype": state_dtype,
 }

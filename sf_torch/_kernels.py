@@ -60,6 +60,14 @@ class BaseStep(NamedTuple):
     momentum_correction: Any = 1.0
     steps: int | None = None  # k + 1 where both corrections are 1 - b^(k + 1)
 
+    @property
+    def positive_eps(self) -> float:
+        """eps, but never 0: while all gradients are 0, so is v, and 0 / 0 is NaN.
+
+        The smallest normal float32 changes no root of a v that is not 0.
+        """
+        return max(self.eps, torch.finfo(torch.float32).tiny)
+
 
 def as_tensors(base: BaseStep, scalars: Scalars) -> tuple[BaseStep, Scalars]:
     """The same with those that change from step to step as () tensors."""
@@ -86,15 +94,18 @@ def interpolate_y(xs: Tensors, zs: Tensors, b1: float) -> Tensors:
 
 
 def move_y(ys: Tensors, old_zs: Tensors, zs: Tensors, scalars: Scalars) -> None:
-    """The lean update of y in place; old_zs end as z' - z.
+    """The lean update of y in place; old_zs end as z - z'.
 
     Through z' - z as z' was rounded, and not through u, its equal on paper: else the
-    rounding of z would part y from z for good.
+    rounding of z would part y from z for good. And added to y as one sum: each
+    rounding of y is one of x, times 1 / β, and they add up.
     """
     to_z, to_step = lean_coefficients(scalars)
-    _lerp_(ys, old_zs, to_z)
+    moves = torch._foreach_sub(old_zs, ys)
     torch._foreach_sub_(old_zs, zs)
-    _add_scaled_(ys, old_zs, -to_step)
+    torch._foreach_mul_(moves, to_z)
+    _add_scaled_(moves, old_zs, -to_step)
+    torch._foreach_add_(ys, moves)
 
 
 def lean_coefficients(scalars: Scalars) -> tuple[float, float]:
@@ -125,7 +136,7 @@ def move_z(leaves: "Leaves", step: BaseStep) -> None:
         if step.divides:
             roots = _divided(v, step.correction)
             torch._foreach_sqrt_(roots)
-            torch._foreach_add_(roots, step.eps)
+            torch._foreach_add_(roots, step.positive_eps)
             directions = torch._foreach_div(directions, roots)
     if step.weight_decay:
         at = leaves.at(step.decay_at)
@@ -146,8 +157,11 @@ def _has_fused_adam(leaves: "Leaves") -> bool:
 
 def _fused_adam(leaves: "Leaves", step: BaseStep) -> None:
     v, b = list(leaves.moments["exp_avg_sq"]), step.inner_momentum
-    # Without momentum the kernel still writes one.
+    # Without momentum the kernel still writes one, and reads it: 0 times whatever lies
+    # in fresh memory may be NaN.
     means = leaves.moments["exp_avg"] if b else leaves.spare("mean")
+    if not b:
+        torch._foreach_zero_(means)
     targets, lr = leaves.zs, step.lr
     if step.weight_decay:
         # From zero, so that decay joins before z is rounded, and only once.
@@ -162,16 +176,27 @@ def _fused_adam(leaves: "Leaves", step: BaseStep) -> None:
         [],
         [torch.tensor(float(step.steps or 0))] * len(v),
         lr=lr,
-        beta1=b,
-        beta2=step.b2 or 0.0,
+        beta1=_representable(b),
+        beta2=_representable(step.b2 or 0.0),
         weight_decay=0.0,
-        eps=step.eps,
+        eps=step.positive_eps,
         amsgrad=False,
         maximize=False,
     )
     if step.weight_decay:
         torch._foreach_add_(targets, at, alpha=-lr * step.weight_decay)
         torch._foreach_add_(leaves.zs, targets)
+
+
+def _representable(b: float) -> float:
+    """The float32 next to b.
+
+    The kernel rounds b and 1 - b to float32, where they do not add up to 1: its means
+    and their corrections, and with them all steps, would be off by up to 3e-5 for
+    b = 0.999. From a float32 both come out exact, and the mean is one over 1 + 1e-5
+    times as many gradients instead.
+    """
+    return torch.tensor(float(b), dtype=torch.float32).item()
 
 
 def move_mean(means: Tensors, values: Tensors, b: float) -> None:

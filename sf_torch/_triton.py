@@ -102,9 +102,10 @@ def kernel(
         tl.store(x_at, x, mask=mask)
         y = x + tl.load(numbers + 12).to(tl.float32) * (new_z - x)
     else:
-        y = _lerp(y, z, tl.load(numbers + 8).to(tl.float32))
-        # Through z' - z as it was rounded, see move_y.
-        y += tl.load(numbers + 9).to(tl.float32) * (new_z - z)
+        # Through z' - z as it was rounded, and as one sum, see move_y.
+        to_z = tl.load(numbers + 8).to(tl.float32)
+        to_step = tl.load(numbers + 9).to(tl.float32)
+        y += to_step * (new_z - z) + to_z * (z - y)
     tl.store(param_at, y.to(PARAM), mask=mask)
     if Y_ROW >= 0:
         y_at = _pointer(table, Y_ROW * n + which, tl.float32, ALIGNED) + offsets

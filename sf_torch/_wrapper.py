@@ -32,7 +32,7 @@ class ScheduleFreeWrapper(ScheduleFree):
         have no momentum of its own: β takes that part. Its learning rate weighs the
         average, times the ``d`` of a group that has one (Prodigy, D-Adaptation).
         Its weight decay acts at z.
-      weight_decay_at_y: λ, decoupled and times the learning rate, at y.
+      weight_decay_at_y: λ, decoupled and times the group's learning rate, at y.
       momentum: β, the weight of x in y, in [0, 1].
       weight_lr_power: steps are weighed by the largest learning rate so far to this
         power.
@@ -110,20 +110,21 @@ class ScheduleFreeWrapper(ScheduleFree):
     def _move_z(self, group: Group, leaves: Leaves, lr: float) -> None:
         zs = leaves.moments[MOVED]
         if self.weight_decay_at_y:
-            torch._foreach_add_(zs, leaves.ys, alpha=-lr * self.weight_decay_at_y)
+            # Without the d of a group, as Meta's wrapper has it.
+            scale = float(group["lr"]) * self.weight_decay_at_y
+            torch._foreach_add_(zs, leaves.ys, alpha=-scale)
         torch._foreach_copy_(leaves.zs, zs)
 
     @torch.compiler.disable  # the base's to compile, and each has ways of its own
     def _advance(self, loss: Any, closure: Callable[[], Any] | None) -> None:
-        counts = []
-        for group in self.param_groups:
-            # Before the base changes them: its step is taken with these.
-            group["scheduled_lr"] = float(group["lr"]) * group.get("d", 1.0)
-            counts.append(group["k"])
+        # Before the base changes them: its step is taken with these.
+        before = [(float(group["lr"]), group["k"]) for group in self.param_groups]
         moved = self._moved_by_base(loss, closure)
         try:
-            for group, k in zip(self.param_groups, counts, strict=True):
+            for group, (lr, k) in zip(self.param_groups, before, strict=True):
                 group["k"] = k
+                # The d that the step found, which is the better estimate.
+                group["scheduled_lr"] = lr * float(group.get("d", 1.0))
                 for p in group["params"]:
                     if p in moved:
                         self.state[p][MOVED] = moved[p]

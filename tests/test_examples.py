@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import torch
 
@@ -77,5 +80,54 @@ def test_digits_report_needs_no_other_file(digits):
     assert "nan" not in re.sub(r"base64,[^\"]*", "", page).lower()
 
 
+def test_ported_run_agrees_on_equal_gradients(run):
+    summary = json.loads((run("port_a_run")[1] / "summary.json").read_text())
+    assert summary["ulps_when_ported"] <= 1
+    assert summary["max_ulps_equal_gradients"] <= 64
+
+
 def test_digits_checkpoint_holds_tensors_only(digits):
     torch.load(digits[1] / "torch.pt", weights_only=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["char_lm_linen", "char_lm_nnx"])
+def test_a_resumed_character_model_is_the_uninterrupted_one(run, name, tmp_path):
+    command = [sys.executable, EXAMPLES / f"{name}.py", "--smoke", "--out", tmp_path]
+    for options in (["--steps", "2"], ["--steps", "4", "--resume"]):
+        done = subprocess.run(
+            command + options, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+    assert "resumed after step 2" in done.stdout
+
+    def at_the_end(out):
+        with ocp.CheckpointManager((out / "checkpoints").resolve()) as manager:
+            return manager.restore(4)
+
+    _, out = run(name)
+    jax.tree.map(np.testing.assert_array_equal, at_the_end(tmp_path), at_the_end(out))
+
+
+def test_anytime_reports_every_method_at_every_horizon(run):
+    printed, out = run("anytime")
+    assert {p.name for p in out.iterdir()} == {
+        "anytime.png",
+        "anytime.md",
+        "anytime.json",
+    }
+    summary = json.loads((out / "anytime.json").read_text())
+    horizons = [str(h) for h in summary["size"]["horizons"]]
+    assert [row["runs"] for row in summary["table"]] == [1, 1, 1, len(horizons)]
+    for row in summary["table"]:
+        for horizon in horizons:
+            assert 0 < row["mean"][horizon] < 10
+            assert row["spread"][horizon] > 0
+    assert (out / "anytime.md").read_text() in printed
+
+
+def test_the_algoperf_submission_learns(run):
+    _, out = run("algoperf_submission")
+    losses = json.loads((out / "losses.json").read_text())
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.05 * losses[0]

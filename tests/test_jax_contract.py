@@ -10,6 +10,13 @@ import pytest
 
 import sf_jax
 
+
+def with_loss(make, **options):
+    """An optimizer that needs the loss, always given the same."""
+    tx = make(**options)
+    return optax.GradientTransformation(tx.init, partial(tx.update, value=0.7))
+
+
 OPTIMIZERS = {
     "sgd": partial(sf_jax.schedule_free_sgd, 0.1, warmup_steps=3),
     "adamw": partial(sf_jax.schedule_free_adamw, 0.01, warmup_steps=3),
@@ -19,6 +26,9 @@ OPTIMIZERS = {
         sf_jax.schedule_free_adamw, 0.01, variant="algoperf", weight_decay=0.1
     ),
     "radam": partial(sf_jax.schedule_free_radam, 0.01),
+    "plus": partial(with_loss, sf_jax.schedule_free_plus, weight_decay=1.0),
+    "gpa": partial(sf_jax.gpa_adamw, 0.01, weight_decay=0.1, upstream_compatible=True),
+    "prodigy": sf_jax.schedule_free_prodigy,
     "wrapped": partial(sf_jax.schedule_free, optax.adamw(0.01, b1=0.0), 0.01),
 }
 PARAMS = {
@@ -103,6 +113,13 @@ def test_params_and_state_can_be_donated(make):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), params, expected)
 
 
+def test_injected_hyperparameters_can_be_donated():
+    """No buffer lies in the state twice, though β is in it in two places."""
+    tx = optax.inject_hyperparams(sf_jax.schedule_free_sgd)(0.1, b1=0.9)
+    arrays = [leaf for leaf in jax.tree.leaves(tx.init(PARAMS)) if leaf.size]
+    assert len({leaf.unsafe_buffer_pointer() for leaf in arrays}) == len(arrays)
+
+
 def test_multi_steps_promotes_nothing(make):
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
     tx = optax.MultiSteps(make(), every_k_schedule=2)
@@ -159,6 +176,8 @@ MEMORY = [
     ("adamw", jnp.float32, {"store_x": True}, 4 + 4 + 4),
     ("adamw_momentum", jnp.float32, {}, 4 + 4 + 4),
     ("radam", jnp.float32, {}, 4 + 4),
+    ("plus", jnp.float32, {}, 4 + 4 + 4),
+    ("plus", jnp.bfloat16, {}, 4 + 4 + 4 + 4),
 ]
 
 

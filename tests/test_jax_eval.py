@@ -7,6 +7,7 @@ import optax
 import pytest
 from flax import serialization
 from flax.training.train_state import TrainState
+from jax.flatten_util import ravel_pytree
 
 import sf_jax
 
@@ -53,6 +54,12 @@ WRAPPED = {
         "all",
     ),
     "stored": (sgd(store_x=True), "all"),
+    "flatten": (optax.flatten(sgd()), "all"),
+    "flatten_inside": (
+        optax.chain(optax.identity(), optax.flatten(injected(("b1",)))),
+        "all",
+    ),
+    "flatten_stored": (optax.flatten(sgd(store_x=True)), "all"),
 }
 
 
@@ -214,6 +221,35 @@ def test_leaves_are_matched_by_name_not_by_container():
     )
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_under_flatten_x_has_the_shapes_and_dtypes_of_params(dtype):
+    params, state = train(optax.flatten(sgd()), jax.tree.map(dtype, PARAMS))
+    x = jax.jit(sf_jax.eval_params)(state, params)
+    assert jax.tree.map(jnp.shape, x) == jax.tree.map(jnp.shape, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(x)} == {jnp.dtype(dtype)}
+
+
+@pytest.mark.parametrize("flatten", [optax.flatten, lambda tx: tx])
+def test_mixed_dtypes_under_flatten_keep_theirs_and_need_stored_x(flatten):
+    """The vector is float32, so bfloat16 leaves in it have no float32 master copy.
+
+    Stored, x and z do not depend on what rounding leaves of y.
+    """
+    params = {"w": PARAMS["w"].astype(jnp.bfloat16), "b": PARAMS["b"]}
+    tx = flatten(sgd(store_x=True))
+    start = jax.tree.map(lambda p: np.asarray(p, np.float32), params)
+    state = tx.init(params)
+    for _ in range(STEPS):
+        # Too small a step for bfloat16 to see.
+        grads = jax.tree.map(lambda p: jnp.full_like(p, 1e-3), params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    x = sf_jax.eval_params(state, params)
+    assert jax.tree.map(jnp.result_type, x) == jax.tree.map(jnp.result_type, params)
+    (found,) = sf_jax._eval.find_states(state)
+    assert (ravel_pytree(found.x)[0] < ravel_pytree(start)[0]).all()
+
+
 @pytest.mark.parametrize(
     ("state", "params", "message"),
     [
@@ -235,8 +271,13 @@ def test_leaves_are_matched_by_name_not_by_container():
             PARAMS,
             "two Schedule-Free states own",
         ),
+        (
+            optax.masked(optax.flatten(sgd()), {"w": True, "b": False}).init(PARAMS),
+            PARAMS,
+            "one array of shape .6,., and params have 8 elements",
+        ),
     ],
-    ids=["none", "no_params", "unowned", "missing_leaf", "shape", "two"],
+    ids=["none", "no_params", "unowned", "missing_leaf", "shape", "two", "part"],
 )
 def test_what_cannot_be_answered_is_refused(state, params, message):
     with pytest.raises(ValueError, match=message):

@@ -13,8 +13,7 @@ import optax
 import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
-
-import sf_jax
+from jax_steps import OPTIMIZERS, compile_step
 
 pytest.importorskip("libtpu", reason="libtpu is not installed; `make tpu` brings it")
 
@@ -25,58 +24,17 @@ TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 LEAF = 2**27
 SCALARS = 0.1  # of a leaf: what scalars and the compiler's padding may add
 
-# Optimizer and the arrays that it keeps besides z, per leaf.
-OPTIMIZERS = {
-    "sgd": (sf_jax.schedule_free_sgd, {"weight_decay": 0.1, "warmup_steps": 10}, 0),
-    "adamw": (
-        sf_jax.schedule_free_adamw,
-        {"weight_decay": 0.1, "warmup_steps": 10},
-        1,
-    ),
-    "adamw_decay_at_x": (
-        sf_jax.schedule_free_adamw,
-        {"weight_decay": 0.1, "decay_at": "x"},
-        1,
-    ),
-    "adamw_momentum": (sf_jax.schedule_free_adamw, {"inner_momentum": 0.9}, 2),
-    "adamw_paper": (sf_jax.schedule_free_adamw, {"variant": "paper"}, 1),
-    "adamw_algoperf": (
-        sf_jax.schedule_free_adamw,
-        {"variant": "algoperf", "weight_decay": 0.1},
-        1,
-    ),
-    "adamw_b1_schedule": (
-        sf_jax.schedule_free_adamw,
-        {"b1": optax.linear_schedule(0.9, 0.98, 100)},
-        1,
-    ),
-    "radam": (sf_jax.schedule_free_radam, {"weight_decay": 0.1}, 1),
-    "wrapped_rmsprop": (
-        lambda **options: sf_jax.schedule_free(optax.rmsprop(0.01), 0.01, **options),
-        {},
-        1,
-    ),
-}
-
 pytestmark = pytest.mark.xdist_group("libtpu")  # one process at a time may hold it
 
 
-def compile_step(tx, dtype, topology):
+def sharding_on(topology):
     description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    sharding = SingleDeviceSharding(description.devices[0])
+    return SingleDeviceSharding(description.devices[0])
 
-    def abstract(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    params = abstract(jax.ShapeDtypeStruct((LEAF,), dtype))
-    state = jax.tree.map(abstract, jax.eval_shape(tx.init, params))
-
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    jitted = jax.jit(step, donate_argnums=(0, 1))
-    return jitted.lower(params, state, params).compile()
+def compile_for_tpu(tx, dtype, topology):
+    leaf = jax.ShapeDtypeStruct((LEAF,), dtype)
+    return compile_step(tx, leaf, sharding_on(topology))
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
@@ -88,7 +46,7 @@ def compile_step(tx, dtype, topology):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_is_one_pass_over_memory(name, dtype, store_x, topology):
     factory, options, moments = OPTIMIZERS[name]
-    compiled = compile_step(factory(store_x=store_x, **options), dtype, topology)
+    compiled = compile_for_tpu(factory(store_x=store_x, **options), dtype, topology)
 
     has_x = store_x or dtype == jnp.bfloat16
     # In float32 arrays: each of z, x and the moments is read and written, and so is
@@ -113,8 +71,23 @@ def test_the_limit_would_catch_a_second_pass(name):
         updates, state = tx.update(grads, state, params)
         return updates / jnp.linalg.norm(state.z), state
 
-    compiled = compile_step(
+    compiled = compile_for_tpu(
         optax.GradientTransformation(tx.init, update), jnp.float32, TOPOLOGIES[0]
     )
     accessed = compiled.cost_analysis()["bytes accessed"] / (4 * LEAF)
     assert accessed > 5 + 2 * moments + SCALARS
+
+
+def test_flatten_is_no_gain_on_tpus():
+    """It gathers parameters and gradients and splits the updates: more traffic yet."""
+    factory, options, _ = OPTIMIZERS["adamw"]
+    tx = factory(**options)
+    leaves = [jax.ShapeDtypeStruct((LEAF // 16,), jnp.float32)] * 16
+    plain, flat = (
+        compile_step(t, leaves, sharding_on(TOPOLOGIES[0]))
+        for t in (tx, optax.flatten(tx))
+    )
+    accessed = [c.cost_analysis()["bytes accessed"] for c in (plain, flat)]
+    assert accessed[1] > 1.5 * accessed[0]
+    assert plain.memory_analysis().temp_size_in_bytes < 4096
+    assert flat.memory_analysis().temp_size_in_bytes > 2 * 4 * LEAF

@@ -1,0 +1,1 @@
+"""Step time and memory against peers. See docs/benchmarks.md."""

@@ -1,0 +1,145 @@
+"""Times the step of every optimizer here against the floor and against peers.
+
+    python -m benchmarks                      # CPU, some minutes
+    python -m benchmarks --device cuda        # also gpu, the same; or tpu
+    python -m benchmarks --only steps         # without the growth curves
+
+Prints tables, and writes results.json, results.md and pictures to
+benchmarks/results/DEVICE/. docs/benchmarks.md says how to read them.
+"""
+
+import argparse
+import importlib.util
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.trees import Tree, gpt2, many, one
+
+RESULTS = Path(__file__).parent / "results"
+GROWING = (
+    "sf_torch",
+    "Meta schedulefree foreach",
+    "torch AdamW fused",
+    "sf_jax",
+    "optax.contrib schedule_free_adamw",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    device = "gpu" if options.device == "cuda" else options.device
+    # Before JAX starts: the CPU alone, or a GPU whose memory PyTorch needs too.
+    if device == "cpu":
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    devices = _devices(device)
+    if not devices:
+        print(f"Skipped: neither PyTorch nor JAX finds a {device} here.")
+        return 0
+
+    from benchmarks import report
+    from benchmarks.candidates import CANDIDATES
+    from benchmarks.measure import Row, Settings, measure
+
+    limit = options.compile_limit or (30.0 if device == "cpu" else 300.0)
+    settings = Settings(devices, options.seconds, compile_limit=limit)
+    if options.smoke:
+        settings.seconds, settings.rounds, settings.compile_limit = 0.0, 2, 10.0
+    command = shlex.join(["python", "-m", "benchmarks", *(arguments or sys.argv[1:])])
+    about = report.facts(devices, command)
+    out = options.out or RESULTS / device
+    rows: list[Row] = []
+    start = time.perf_counter()
+    for experiment, tree in _plan(device, options.smoke):
+        if experiment not in options.only:
+            continue
+        growing = experiment != report.STEPS
+        chosen = [c for c in CANDIDATES if not growing or c.name in GROWING]
+        new = measure(experiment, tree, chosen, settings, evaluations=not growing)
+        report.show(new, about["machine"])
+        rows += new
+        # After each tree, so that a run that is cut off leaves what it has.
+        report.write(out, rows, about, time.perf_counter() - start)
+    print(f"{time.perf_counter() - start:.0f} s; written to {out}")
+    return 0
+
+
+def _plan(device: str, smoke: bool) -> Iterator[tuple[str, Tree]]:
+    from benchmarks import report
+
+    on_cpu = device == "cpu"
+    if smoke:
+        yield report.STEPS, one(1000)
+        yield report.LEAVES, many(2, 1024)
+        return
+    width = 192 if on_cpu else 768
+    yield report.STEPS, one(2**24 if on_cpu else 2**27)
+    yield report.STEPS, gpt2(width)
+    yield report.STEPS, gpt2(width, "bfloat16")
+    yield report.STEPS, many(2000, 2**13)
+    for count in (10, 100, 1000, 10_000):
+        yield report.LEAVES, many(count, 2**10)
+    for power in range(5, 8 if on_cpu else 10):
+        yield report.PARAMETERS, one(10**power)
+
+
+def _devices(device: str) -> dict[str, str]:
+    """framework -> its name for the device, for those that have it."""
+    found = {}
+    if importlib.util.find_spec("torch") is not None and device != "tpu":
+        import torch
+
+        if device == "cpu":
+            found["torch"] = "cpu"
+        elif torch.cuda.is_available():
+            found["torch"] = "cuda"
+    if importlib.util.find_spec("jax") is not None:
+        import jax
+
+        try:
+            jax.devices(device)
+            found["jax"] = device
+        except RuntimeError:  # no such platform
+            pass
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda", "gpu", "tpu"), default="cpu"
+    )
+    parser.add_argument("--out", type=Path, help="in place of benchmarks/results/")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=("steps", "leaves", "parameters"),
+        default=("steps", "leaves", "parameters"),
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=1.0,
+        help="of steps for each row, in 7 rounds of one step at least (1)",
+    )
+    parser.add_argument(
+        "--compile-limit",
+        type=float,
+        metavar="SECONDS",
+        help="leave out what would compile longer (30 on CPUs, else 300)",
+    )
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,266 @@
+"""The registry's rows for what came after the first paper.
+
+:data:`FAMILY` has the optimizers, :data:`FAMILY_CASES` the option sets that they are
+run with; :mod:`parity_tests.cases` takes them up.
+"""
+
+import dataclasses
+from typing import Any
+
+import sf_jax
+import sf_torch
+from parity_tests import reference, reference_family
+from parity_tests.gradients import NETWORK
+from parity_tests.optimizers import Optimizer
+from parity_tests.options import Linear, Options, function
+from parity_tests.reference import PolynomialAverage, Seams
+
+
+@dataclasses.dataclass(frozen=True)
+class FamilyOptions(Options):
+    """What the members have beside the rest. β is ``b1``, as everywhere here."""
+
+    polyak_beta: float = 0.0
+    c_warmup: int = 0
+    b1_anneal_steps: int = 0
+    b1_max: float = 0.965
+    upstream_compatible: bool = False
+    refined_c: float = 10.0
+    mu_x: float = 0.99
+
+
+# ScheduleFree+
+
+
+def _plus_reference(o: Any) -> Seams:
+    b1 = reference_family.annealed(o.b1, o.b1_max, o.b1_anneal_steps)
+    return Seams(
+        b1,
+        reference_family.PolyakStep(
+            function(o.lr), o.eps, b1, o.polyak_beta, o.upstream_compatible
+        ),
+        reference_family.AdamC(o.b2, o.eps, o.weight_decay, "y", o.inner_momentum),
+        reference_family.AverageAfter(
+            o.c_warmup, PolynomialAverage(o.r, o.weight_lr_power)
+        ),
+    )
+
+
+def _plus_jax(o: Any, store_x: bool) -> Any:
+    return sf_jax.schedule_free_plus(
+        o.lr,
+        o.inner_momentum,
+        o.b2,
+        o.b1,
+        o.eps,
+        o.weight_decay,
+        o.r,
+        o.polyak_beta,
+        o.c_warmup,
+        o.b1_anneal_steps,
+        o.b1_max,
+        o.weight_lr_power,
+        store_x=store_x,
+        upstream_compatible=o.upstream_compatible,
+    )
+
+
+def _plus_arguments(o: Any) -> dict[str, Any]:
+    return {
+        "lr": o.lr,
+        "betas": (o.inner_momentum, o.b2),
+        "sf_beta1": o.b1,
+        "eps": o.eps,
+        "weight_decay": o.weight_decay,
+        "r": o.r,
+        "polyak_beta": o.polyak_beta,
+        "c_warmup": o.c_warmup,
+        "sf_beta1_anneal_steps": o.b1_anneal_steps,
+        "sf_beta1_max": o.b1_max,
+        "weight_lr_power": o.weight_lr_power,
+        "upstream_compatible": o.upstream_compatible,
+    }
+
+
+def _plus_torch(groups: list[Any], o: Options, form: str, foreach: bool) -> Any:
+    names = {"": "AdamCScheduleFreePlus", "Reference": "AdamCScheduleFreePlusPaper"}
+    return getattr(sf_torch, names[form])(groups, foreach=foreach)
+
+
+# Refined Schedule-Free, over AdamW
+
+
+def _refined_reference(o: Any) -> Seams:
+    b1 = function(o.b1)
+    return Seams(
+        b1,
+        reference.warmup(function(o.lr), o.warmup_steps),
+        reference.AdamW(o.b2, o.eps, o.weight_decay, o.decay_at, o.inner_momentum),
+        reference_family.refined(
+            PolynomialAverage(o.r, o.weight_lr_power), b1, o.refined_c
+        ),
+    )
+
+
+def _refined_jax(o: Any, store_x: bool) -> Any:
+    return sf_jax.schedule_free_adamw(
+        o.lr,
+        o.warmup_steps,
+        o.b1,
+        o.b2,
+        o.eps,
+        o.weight_decay,
+        decay_at=o.decay_at,
+        average=sf_jax.refined_average(o.refined_c, o.b1, o.r, o.weight_lr_power),
+        store_x=store_x,
+    )
+
+
+def _refined_arguments(o: Any) -> dict[str, Any]:
+    return {
+        "lr": o.lr,
+        "betas": (o.b1, o.b2),
+        "eps": o.eps,
+        "weight_decay": o.weight_decay,
+        "warmup_steps": o.warmup_steps,
+        "r": o.r,
+        "weight_lr_power": o.weight_lr_power,
+        "decay_at": o.decay_at,
+    }
+
+
+def _refined_torch(groups: list[Any], o: Any, form: str, foreach: bool) -> Any:
+    return sf_torch.AdamWScheduleFreeRefined(
+        groups, foreach=foreach, refined_c=o.refined_c
+    )
+
+
+# GPA, with the decay of its paper
+
+
+def _gpa_reference(o: Any) -> Seams:
+    return Seams(
+        function(o.b1),
+        reference.warmup(function(o.lr), o.warmup_steps),
+        reference.AdamW(o.b2, o.eps, o.weight_decay, o.decay_at, o.inner_momentum),
+        reference_family.exponential(o.mu_x),
+    )
+
+
+def _gpa_jax(o: Any, store_x: bool) -> Any:
+    return sf_jax.gpa_adamw(
+        o.lr,
+        o.warmup_steps,
+        o.b1,
+        o.mu_x,
+        o.inner_momentum,
+        o.b2,
+        o.eps,
+        o.weight_decay,
+        decay_at=o.decay_at,
+        store_x=store_x,
+    )
+
+
+def _gpa_arguments(o: Any) -> dict[str, Any]:
+    return {
+        "lr": o.lr,
+        "mu_y": o.b1,
+        "mu_x": o.mu_x,
+        "betas": (o.inner_momentum, o.b2),
+        "eps": o.eps,
+        "weight_decay": o.weight_decay,
+        "warmup_steps": o.warmup_steps,
+        "decay_at": o.decay_at,
+    }
+
+
+def _gpa_torch(groups: list[Any], o: Options, form: str, foreach: bool) -> Any:
+    return sf_torch.GPAAdamW(groups, foreach=foreach)
+
+
+FAMILY = {
+    optimizer.name: optimizer
+    for optimizer in (
+        Optimizer(
+            "plus",
+            reference=_plus_reference,
+            jax=_plus_jax,
+            arguments=_plus_arguments,
+            torch=_plus_torch,
+            torch_forms=("", "Reference"),
+        ),
+        Optimizer(
+            "refined",
+            reference=_refined_reference,
+            jax=_refined_jax,
+            arguments=_refined_arguments,
+            torch=_refined_torch,
+            torch_forms=("",),
+        ),
+        Optimizer(
+            "gpa",
+            reference=_gpa_reference,
+            jax=_gpa_jax,
+            arguments=_gpa_arguments,
+            torch=_gpa_torch,
+            torch_forms=("",),
+        ),
+    )
+}
+
+_PLUS: dict[str, Any] = {"lr": 1.0, "inner_momentum": 0.9, "b2": 0.95}
+# As the golden files' ``meta`` has them.
+_RECORDED: tuple[dict[str, Any], ...] = (
+    {},
+    {"weight_decay": 5.0, "c_warmup": 10, "lr": 0.5},
+    {"b1_anneal_steps": 50, "r": 2.0, "b2": 0.99},
+    {"polyak_beta": 0.9, "weight_decay": 1.0},
+)
+_GROWING = {**_PLUS, "b1_anneal_steps": 100, "c_warmup": 10, "r": 2.0}
+_REFINED: dict[str, Any] = {"b1": 0.95, "refined_c": 50.0, "warmup_steps": 20}
+_GPA: dict[str, Any] = {"b1": 0.7, "inner_momentum": 0.9}
+_DECAY = {"weight_decay": 0.1}
+
+_Row = tuple[str, dict[str, Any], dict[str, Any]]  # name, options, fields of the case
+_ROWS: list[_Row] = [
+    ("plus/plain", _PLUS, {}),
+    ("plus/decay", {**_PLUS, "weight_decay": 1.0, "lr": 0.5}, {}),
+    ("plus/growing", _GROWING, {}),
+    ("plus/polyak_beta", {**_PLUS, "polyak_beta": 0.9}, {}),
+    (
+        "plus/upstream",
+        {**_PLUS, "polyak_beta": 0.9, "upstream_compatible": True},
+        {},
+    ),
+    ("plus/bfloat16", {**_GROWING, **_DECAY, "lr": 0.1}, {"dtype": "bfloat16"}),
+    ("plus/float64", {**_GROWING, **_DECAY}, {"dtype": "float64"}),
+    ("refined/plain", _REFINED, {}),
+    ("refined/decay_z", {**_REFINED, **_DECAY, "decay_at": "z"}, {}),
+    ("refined/b1_schedule", {**_REFINED, "b1": Linear(0.7, 0.98)}, {}),
+    ("refined/bfloat16", _REFINED, {"dtype": "bfloat16"}),
+    ("refined/float64", {**_REFINED, **_DECAY}, {"dtype": "float64"}),
+    ("gpa/plain", _GPA, {}),
+    ("gpa/decay_z", {**_GPA, **_DECAY, "decay_at": "z", "warmup_steps": 20}, {}),
+    ("gpa/decay_y", {**_GPA, **_DECAY, "b1": 0.9, "mu_x": 0.95}, {}),
+    (
+        "gpa/network",
+        {**_GPA, **_DECAY, "decay_at": "z"},
+        {"tree": NETWORK, "gradients": "network"},
+    ),
+    ("gpa/bfloat16", {**_GPA, **_DECAY}, {"dtype": "bfloat16"}),
+    ("gpa/float64", {**_GPA, **_DECAY}, {"dtype": "float64"}),
+]
+_GOLDEN: list[_Row] = [
+    (
+        f"plus/golden_{i}",
+        {**_PLUS, "upstream_compatible": True, **options},
+        {"dtype": "float64", "recorded": f"schedule_free_plus_{i}"},
+    )
+    for i, options in enumerate(_RECORDED)
+]
+
+FAMILY_CASES = [
+    (name, FamilyOptions(**options), fields)
+    for name, options, fields in (*_ROWS, *_GOLDEN)
+]

@@ -1,0 +1,166 @@
+"""Runs cases in voices, and says how far they are from what they should equal.
+
+>>> from parity_tests.cases import CASES
+>>> from parity_tests.harness import check
+>>> outcome = check(CASES[0], "jax scan", "reference", steps=20)
+>>> outcome.ok
+True
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from parity_tests import in_jax, in_torch, reference, tolerances
+from parity_tests.case import STEPS, Case
+from parity_tests.gradients import recorded
+from parity_tests.tolerances import Limit
+from parity_tests.trajectory import SEQUENCES, Distance, Trajectory, compare
+
+Pair = tuple[str, str]  # (voice, the voice it is compared with)
+
+
+@dataclasses.dataclass(frozen=True)
+class Voice:
+    """One way of running one package."""
+
+    package: str  # "reference", "sf_jax", "sf_torch", "meta" or "optax"
+    framework: str  # "numpy", "jax" or "torch": which device it wants
+    run: Callable[..., Trajectory]
+    options: dict[str, Any]
+    most_steps: int = STEPS
+    costly: bool = False  # run for the cases that are marked as thorough
+
+
+def _run_reference(case: Case, steps: int, device: str = "cpu") -> Trajectory:
+    source = case.source(steps)
+    groups = [(leaves, case.optimizer.reference(o)) for leaves, o in case.group_options]
+    optimizer = reference.ScheduleFree(case.params, groups)
+    record = []
+    for k in range(steps):
+        value, grads = source.numpy(optimizer.y, source.at(k))
+        optimizer.step(grads, value)
+        record.append((dict(optimizer.y), dict(optimizer.x), dict(optimizer.z)))
+    return Trajectory.stacked(record)
+
+
+def _run_golden(case: Case, steps: int, device: str = "cpu") -> Trajectory:
+    file = recorded(case.recorded)
+    return Trajectory(
+        *({n: file[f"{name}/{n}"][:steps] for n in case.tree} for name in SEQUENCES)
+    )
+
+
+def _jax(mode: str, store_x: bool = False, most_steps: int = STEPS) -> Voice:
+    options = {"mode": mode, "store_x": store_x}
+    costly = mode != "scan" or store_x  # each compiles a program of its own
+    return Voice("sf_jax", "jax", in_jax.run, options, most_steps, costly)
+
+
+def _torch(form: str = "", foreach: bool = False, most_steps: int = STEPS) -> Voice:
+    options = {"form": form, "foreach": foreach}
+    return Voice("sf_torch", "torch", in_torch.run, options, most_steps)
+
+
+# What shares its arithmetic with another voice is run for fewer steps.
+VOICES: dict[str, Voice] = {
+    "reference": Voice("reference", "numpy", _run_reference, {}),
+    "jax scan": _jax("scan"),
+    "jax scan, x stored": _jax("scan", True),
+    "jax jit": _jax("jit", most_steps=100),
+    "jax jit, x stored": _jax("jit", True, most_steps=100),
+    # Without jit an operation costs as much as a whole step with it.
+    "jax eager": _jax("eager", most_steps=8),
+    "jax eager, x stored": _jax("eager", True, most_steps=8),
+    "torch": _torch(),
+    "torch foreach": _torch(foreach=True, most_steps=100),
+    "torch Reference": _torch("Reference", most_steps=100),
+    "torch Closure": _torch("Closure", most_steps=100),
+    "golden": Voice("golden", "numpy", _run_golden, {}),
+    "meta": Voice("meta", "torch", in_torch.run, {"package": "meta"}),
+    "optax": Voice("optax", "jax", in_jax.run, {"package": "optax"}),
+}
+
+
+def unsupported(case: Case, voice: str) -> str | None:
+    """Why the voice can't run the case, or None."""
+    row = VOICES[voice]
+    form = row.options.get("form", "")
+    if form and form not in case.optimizer.torch_forms:
+        return f"{case.optimizer.name} has no {form} form"
+    if voice == "golden":
+        return None if case.recorded else "was not recorded"
+    return None if voice == "reference" else case.unsupported(row.package)
+
+
+@functools.cache  # a third of a megabyte each
+def _cached(case: Case, voice: str, steps: int, device: str) -> Trajectory:
+    row = VOICES[voice]
+    return row.run(case, steps, device, **row.options)
+
+
+def run(
+    case: Case, voice: str, steps: int | None = None, device: str = "cpu"
+) -> Trajectory:
+    """The trajectory of a case in a voice; fewer steps where the voice is slow."""
+    most = min(case.steps, VOICES[voice].most_steps)
+    return _cached(case, voice, min(steps or most, most), device)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How far ``voice`` was from ``against``, and how far it may be."""
+
+    case: str
+    voice: str
+    against: str
+    distance: Distance
+    limit: Limit
+
+    @property
+    def ok(self) -> bool:
+        return (self.distance.ulps > self.limit.ulps) == self.limit.differs
+
+
+def check(
+    case: Case,
+    voice: str,
+    against: str,
+    steps: int | None = None,
+    device: str = "cpu",
+    other_device: str = "cpu",
+) -> Outcome:
+    """Compares two voices at every step, in y, x and z."""
+    trajectories = (
+        run(case, voice, steps, device),
+        run(case, against, steps, other_device),
+    )
+    distance = compare(*trajectories, case.dtype)
+    limit = tolerances.limit(
+        case.dtype,
+        VOICES[voice].package,
+        against,
+        device,
+        own=case.tolerance,
+        warmup="warmup" in case.features,
+    )
+    return Outcome(case.name, voice, against, distance, limit)
+
+
+def comparisons(case: Case, voices: Iterable[str] = tuple(VOICES)) -> list[Pair]:
+    """What is compared of a case: (voice, against), of the voices that can run it."""
+    able = [
+        v
+        for v in dict.fromkeys((*voices, "reference"))
+        if unsupported(case, v) is None and (case.thorough or not VOICES[v].costly)
+    ]
+    ours = [v for v in able if VOICES[v].package in ("sf_jax", "sf_torch")]
+    pairs = [(v, "reference") for v in able if v not in ("reference", "golden")]
+    if "meta" in able:
+        pairs += [(voice, "meta") for voice in ours]
+    if "golden" in able:
+        pairs += [(voice, "golden") for voice in (*ours, "reference")]
+    if "jax scan" in able and "torch" in able:
+        pairs.append(("jax scan", "torch"))
+    return pairs

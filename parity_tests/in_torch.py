@@ -1,0 +1,152 @@
+"""Runs a case in PyTorch: sf_torch, or Meta's schedulefree."""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from parity_tests.case import Case
+from parity_tests.trajectory import Trajectory
+
+Params = dict[str, torch.nn.Parameter]
+Leaves = dict[str, np.ndarray]
+
+
+def run(
+    case: Case,
+    steps: int,
+    device: str = "cpu",
+    *,
+    form: str = "",
+    foreach: bool = False,
+    package: str = "sf_torch",
+) -> Trajectory:
+    """``form``: "", "Reference" or "Closure", as in the names of the classes."""
+    params = parameters(case, device)
+    # Meta's AdamW Reference says on stdout that it switches modes.
+    with contextlib.redirect_stdout(io.StringIO()):
+        optimizer = build(case, params, package, form, foreach)
+        closure_form = form == "Closure"
+        if not closure_form:
+            optimizer.train()
+        # The closure form is at y only inside its closure: the y that step k leaves
+        # is seen in step k + 1, of which there is one more.
+        walk = _closure_steps if closure_form else advance
+        record = list(walk(case, params, optimizer, range(steps), package))
+    trajectory = Trajectory.stacked(record)
+    return trajectory.with_rounding() if case.dtype == "bfloat16" else trajectory
+
+
+def parameters(case: Case, device: str = "cpu") -> Params:
+    dtype = None if case.is_complex else getattr(torch, case.dtype)
+    return {
+        name: torch.nn.Parameter(torch.as_tensor(p).to(device, dtype))
+        for name, p in case.params.items()
+    }
+
+
+def build(
+    case: Case, params: Params, package: str, form: str = "", foreach: bool = False
+) -> Any:
+    make = case.optimizer.meta if package == "meta" else case.optimizer.torch
+    assert make is not None, case.unsupported(package)
+    groups = [
+        {
+            "params": [params[n] for n in leaves],
+            **case.optimizer.arguments(options.at(0)),
+        }
+        for leaves, options in case.group_options
+    ]
+    return make(groups, case.options.at(0), form, foreach)
+
+
+def advance(
+    case: Case, params: Params, optimizer: Any, ks: range, package: str
+) -> Iterator[tuple[Leaves, Leaves | None, Leaves]]:
+    """Steps ``ks`` of a run; y, x and z after each."""
+    source = case.source(max(ks.stop, 1))
+    for k in ks:
+        _schedule(case, optimizer, k)
+        value = _differentiate(source, params, k)
+        if hasattr(optimizer, "step_func"):  # takes the loss
+            optimizer.step_func(function_value=value)
+        else:
+            optimizer.step()
+        y = _numpy(params)
+        yield y, _x(case, params, optimizer, package), _z(params, optimizer, y)
+
+
+def _closure_steps(
+    case: Case, params: Params, optimizer: Any, ks: range, package: str
+) -> Iterator[tuple[Leaves, Leaves | None, Leaves]]:
+    source = case.source(ks.stop)
+    before: Any = None
+    at_y: list[Leaves] = []
+
+    def closure(k: int) -> float:
+        at_y.append(_numpy(params))
+        return _differentiate(source, params, min(k, ks.stop - 1))
+
+    for k in range(ks.start, ks.stop + 1):
+        _schedule(case, optimizer, k)
+        optimizer.step(lambda k=k: closure(k))
+        if before is not None:
+            yield at_y[-1], *before
+        x = _x(case, params, optimizer, package)
+        before = x, _z(params, optimizer, _numpy(params))
+
+
+def _schedule(case: Case, optimizer: Any, k: int) -> None:
+    """Sets what changes, as a learning-rate scheduler would."""
+    for group, (_, options) in zip(
+        optimizer.param_groups, case.group_options, strict=True
+    ):
+        arguments = case.optimizer.arguments(options.at(k))
+        group.update((n, v) for n, v in arguments.items() if n in _SCHEDULED)
+
+
+_SCHEDULED = ("lr", "betas", "momentum")
+
+
+def _differentiate(source: Any, params: Params, k: int) -> float:
+    value, grads = source.torch(params, source.at(k))
+    for name, p in params.items():
+        p.grad = grads[name]
+    return value
+
+
+def _x(case: Case, params: Params, optimizer: Any, package: str) -> Leaves | None:
+    if package != "meta":
+        wide = torch.float32 if case.dtype == "bfloat16" else None
+        xs = iter(optimizer.eval_params(dtype=wide))
+        # In the order of the groups, which need not be that of the leaves.
+        by_name = {n: next(xs) for leaves, _ in case.group_options for n in leaves}
+        return _numpy(by_name)
+    if case.options.b1 == 0:
+        return None  # its eval() divides by β
+    # There and back would round y, which a training loop does once an epoch at most.
+    y = {name: p.detach().clone() for name, p in params.items()}
+    optimizer.eval()
+    x = _numpy(params)
+    optimizer.train()
+    with torch.no_grad():
+        for name, p in params.items():
+            p.copy_(y[name])
+    return x
+
+
+def _z(params: Params, optimizer: Any, unmoved: Leaves) -> Leaves:
+    """A leaf that has had no gradient yet has no z: it is where it was."""
+    zs = {n: optimizer.state[p].get("z") for n, p in params.items()}
+    return {n: unmoved[n] if z is None else _numpy({n: z})[n] for n, z in zs.items()}
+
+
+def _numpy(leaves: Any) -> Leaves:
+    def copied(leaf: torch.Tensor) -> np.ndarray:
+        leaf = leaf.detach().cpu()
+        return (leaf.float() if leaf.dtype == torch.bfloat16 else leaf).numpy().copy()
+
+    return {name: copied(leaf) for name, leaf in leaves.items()}

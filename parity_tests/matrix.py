@@ -1,0 +1,227 @@
+"""Runs the registry in every voice and prints how far they are apart.
+
+Exit status 1 where two are further apart than they may be. A device that is absent,
+or a case that a package cannot run, is listed as skipped.
+"""
+
+import argparse
+import dataclasses
+import fnmatch
+import pathlib
+import time
+from collections.abc import Iterable
+
+import jax
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from parity_tests import report
+from parity_tests.case import STEPS, Case
+from parity_tests.cases import CASES
+from parity_tests.harness import VOICES, Outcome, check, comparisons, unsupported
+
+# What --device means: where JAX runs, and where PyTorch does (None: nowhere).
+DEVICES: dict[str, dict[str, str | None]] = {
+    "cpu": {"jax": "cpu", "torch": "cpu"},
+    "gpu": {"jax": "gpu", "torch": "cuda"},
+    "cuda": {"jax": None, "torch": "cuda"},
+    "tpu": {"jax": "tpu", "torch": None},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Skip:
+    """Something that was not run, and why."""
+
+    what: str
+    reason: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--case", metavar="PATTERN", default="*", help="such cases only: 'adamw/*'"
+    )
+    parser.add_argument(
+        "--steps", type=_steps, help="steps of each case; 300, and fewer for eager"
+    )
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
+    parser.add_argument(
+        "--report", metavar="DIR", type=pathlib.Path, help="write index.html, JSON"
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="a line for every pair of voices"
+    )
+
+
+def _steps(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= STEPS:
+        raise argparse.ArgumentTypeError(
+            f"must lie in [1, {STEPS}], for which the limits hold; got {number}"
+        )
+    return number
+
+
+def run(arguments: argparse.Namespace) -> int:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # wide enough for the table, in a file or a pipe
+    cases = [c for c in CASES if fnmatch.fnmatch(c.name, arguments.case)]
+    if not cases:
+        console.print(f"No case is called {arguments.case}. There are:")
+        console.print(", ".join(case.name for case in CASES))
+        return 2
+    places, absent = find_devices(arguments.device)
+    started = time.monotonic()
+    outcomes = list(outcomes_of(cases, places, arguments.steps, console))
+    seconds = time.monotonic() - started
+    skipped = [*absent, *skips(cases)]
+
+    if outcomes:
+        console.print(table(outcomes, arguments.all))
+    for skip in absent:
+        console.print(f"SKIPPED {skip.what}: {skip.reason}", style="bold yellow")
+    console.print(_summary_of(skipped[len(absent) :]), style="dim", markup=False)
+    failed = [o for o in outcomes if not o.ok]
+    for o in failed:
+        console.print(
+            f"MISMATCH {o.case}: {o.voice} from {o.against} {o.distance} ulps, "
+            f"limit {o.limit.ulps:.4g} ({o.limit.reason})",
+            style="bold red",
+            markup=False,
+        )
+    console.print(
+        f"{len(outcomes) - len(failed)} of {len(outcomes)} comparisons of "
+        f"{len(cases)} cases hold, on {arguments.device}, in {seconds:.0f} s."
+    )
+    if arguments.report:
+        path = report.write(
+            arguments.report,
+            cases,
+            outcomes,
+            [(s.what, s.reason) for s in skipped],
+            device=arguments.device,
+            steps=arguments.steps,
+            seconds=seconds,
+        )
+        console.print(f"Report: {path}")
+    return 1 if failed else 0
+
+
+def find_devices(name: str) -> tuple[dict[str, str], list[Skip]]:
+    """By framework the device to run on, and what is absent."""
+    places, absent = {}, []
+    for framework, device in DEVICES[name].items():
+        if device is None:
+            absent.append(Skip(framework, f"does not run on {name}"))
+        elif not _present(framework, device):
+            absent.append(Skip(framework, f"finds no {device} on this machine"))
+        else:
+            places[framework] = device
+    return places, absent
+
+
+def _present(framework: str, device: str) -> bool:
+    if framework == "torch":
+        return device == "cpu" or torch.cuda.is_available()
+    try:
+        return bool(jax.devices(device))
+    except RuntimeError:  # JAX knows no such platform here
+        return False
+
+
+def outcomes_of(
+    cases: list[Case], places: dict[str, str], steps: int | None, console: Console
+) -> Iterable[Outcome]:
+    voices = [
+        name
+        for name, row in VOICES.items()
+        if row.framework == "numpy" or row.framework in places
+    ]
+    for case in track(cases, "cases", console=console, transient=True):
+        for voice, against in comparisons(case, voices):
+            where = {
+                v: places.get(VOICES[v].framework, "cpu") for v in (voice, against)
+            }
+            yield check(case, voice, against, steps, where[voice], where[against])
+
+
+def skips(cases: list[Case]) -> list[Skip]:
+    """The packages that can't run a case."""
+    found = {}
+    for case in cases:
+        for voice, row in VOICES.items():
+            reason = unsupported(case, voice)
+            if reason and row.package != "golden" and not row.options.get("form"):
+                found[case.name, row.package] = Skip(
+                    f"{case.name} in {row.package}", reason
+                )
+    return list(found.values())
+
+
+# What a column of the table sums up: (package, against).
+COLUMNS = (
+    ("sf_jax", "reference"),
+    ("sf_torch", "reference"),
+    ("meta", "reference"),
+    ("optax", "reference"),
+    ("sf_jax", "meta"),
+    ("sf_torch", "meta"),
+    ("sf_jax", "torch"),
+)
+
+
+def _summary_of(skipped: list[Skip]) -> str:
+    reasons: dict[str, int] = {}
+    for skip in skipped:
+        text = f"{skip.what.split()[-1]} {skip.reason}"
+        reasons[text] = reasons.get(text, 0) + 1
+    listed = "; ".join(f"{text} ({n})" for text, n in sorted(reasons.items()))
+    return f"Skipped, with the number of cases: {listed or 'nothing'}."
+
+
+def worst(outcomes: Iterable[Outcome], package: str, against: str) -> Outcome | None:
+    """The outcome furthest off, of one package's voices against one yardstick."""
+    fitting = [
+        o
+        for o in outcomes
+        if VOICES[o.voice].package == package and o.against == against
+    ]
+    return max(fitting, key=lambda o: (not o.ok, o.distance), default=None)
+
+
+def _cell(o: Outcome) -> Text:
+    style = "bold red" if not o.ok else "yellow" if o.limit.differs else ""
+    return Text(str(o.distance), style=style)
+
+
+def table(outcomes: list[Outcome], every_pair: bool = False) -> Table:
+    """A row per case, or per pair of voices."""
+    if every_pair:
+        rows = Table("case", "voice", "against", "ulps", "where", "limit")
+        for o in outcomes:
+            d = o.distance
+            rows.add_row(
+                o.case,
+                o.voice,
+                o.against,
+                Text(f"{d.ulps:.2f}", style="" if o.ok else "bold red"),
+                f"{d.sequence}.{d.leaf}@{d.step}" if d.leaf else "",
+                f"{'>' if o.limit.differs else ''}{o.limit.ulps:.4g}",
+            )
+        return rows
+    title = "ulps, and where: sequence.leaf@step of the worst voice"
+    rows = Table("case", *(f"{a} - {b}" for a, b in COLUMNS), title=title)
+    by_case: dict[str, list[Outcome]] = {}
+    for o in outcomes:
+        by_case.setdefault(o.case, []).append(o)
+    for name, of_case in by_case.items():
+        cells = []
+        for column in COLUMNS:
+            furthest = worst(of_case, *column)
+            cells.append(_cell(furthest) if furthest else Text("–"))
+        rows.add_row(name, *cells)
+    return rows

@@ -1,0 +1,46 @@
+"""Hyperparameters in one spelling, whatever each framework calls them."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """A schedule from ``start`` to ``end``, for Python ints and JAX counts alike."""
+
+    start: float
+    end: float
+    steps: int = 300
+
+    def __call__(self, k: Any) -> Any:
+        return self.start + (self.end - self.start) * k / self.steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Hyperparameters in one neutral spelling; an optimizer reads what it has."""
+
+    lr: float | Linear = 0.0025
+    warmup_steps: int = 0
+    b1: float | Linear = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decay_at: str = "y"
+    weight_lr_power: float = 2.0
+    r: float = 0.0
+    inner_momentum: float = 0.0
+    silent_sgd_phase: bool = True
+    base_momentum: float = 0.0  # of what ScheduleFreeWrapper wraps
+
+    def at(self, k: int) -> "Options":
+        """The values at step k: as PyTorch has them, where schedules set numbers."""
+        return dataclasses.replace(
+            self, lr=function(self.lr)(k), b1=function(self.b1)(k)
+        )
+
+
+def function(value: float | Linear) -> Callable[[int], float]:
+    """A number or a schedule as a function of k."""
+    return value if callable(value) else lambda k: value

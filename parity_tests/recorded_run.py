@@ -1,0 +1,159 @@
+"""A run that ``sf_torch.record`` wrote down, in the terms of the registry."""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import torch
+
+from parity_tests.options import Options
+from parity_tests.reference import Leaves
+from sf_torch import read_record
+
+# The names in PyTorch that a row of OPTIMIZERS goes by, whatever their form.
+_CLASSES = {
+    "SGDScheduleFree": "sgd",
+    "AdamWScheduleFree": "adamw",
+    "AdamWScheduleFreePaper": "adamw_paper",
+    "RAdamScheduleFree": "radam",
+    "ScheduleFreeWrapper": "wrapper",
+}
+_SAME_NAMES = (
+    "warmup_steps",
+    "eps",
+    "weight_decay",
+    "weight_lr_power",
+    "r",
+    "inner_momentum",
+    "silent_sgd_phase",
+    "decay_at",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Changing:
+    """An option that was not the same at every recorded step."""
+
+    first: int  # the count at the first of them
+    values: tuple[float, ...]
+
+    def __call__(self, k: Any) -> Any:
+        at = k - self.first
+        if isinstance(k, int):
+            return self.values[min(max(at, 0), len(self.values) - 1)]
+        return jnp.asarray(self.values)[at]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """A parameter group: its leaves, and what moves them."""
+
+    names: tuple[str, ...]
+    optimizer: str
+    options: Options
+    z_dtype: str = "float32"  # what the state is kept in
+
+
+class Run:
+    """A recorded run: its start, and its steps read from the file as they are needed.
+
+    Raises:
+      ValueError: an optimizer or options that the reference does not cover.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = path
+        start, *rest = (frame._replace(tensors={}) for frame in read_record(path))
+        steps = [frame for frame in rest if frame.kind == "step"]
+        if not steps:
+            raise ValueError(f"{path} holds no step. Record at least one.")
+        self.steps = len(steps)
+        self.has_evaluated = len(rest) > len(steps)
+        self.optimizer = start.info["optimizer"]
+        first = next(iter(read_record(path)))
+        self.start = {name: _numpy(y) for name, y in first.named("y").items()}
+        self.is_double = any(y.dtype == np.float64 for y in self.start.values())
+        self.start_x = {name: _numpy(x) for name, x in first.named("x").items()}
+        self.state = {
+            key: {n: _numpy(t) for n, t in first.named(f"state.{key}").items()}
+            for key in ("z", "exp_avg_sq", "exp_avg", "momentum_buffer")
+        }
+        self.saved_groups = start.info["groups"]
+        counts = {group.get("k", 0) for group in self.saved_groups}
+        if len(counts) > 1:
+            raise ValueError(
+                f"the groups begin at different steps {sorted(counts)}. Record a run "
+                "whose groups have stepped together."
+            )
+        self.k = int(counts.pop())
+        self.groups = [
+            self._group(i, start.info, [frame.info["groups"] for frame in steps])
+            for i in range(len(self.saved_groups))
+        ]
+
+    def _group(self, i: int, info: Mapping[str, Any], steps: list[Any]) -> Group:
+        saved = steps[0][i]
+        name = info["optimizer"].rpartition(".")[2]
+        form = name.removesuffix("Reference").removesuffix("Closure")
+        if form not in _CLASSES:
+            raise ValueError(
+                f"{name} has no reference to replay it with. These have: "
+                f"{', '.join(_CLASSES)}."
+            )
+
+        def option(key: str) -> Any:
+            values = tuple(groups[i][key] for groups in steps)
+            return values[0] if len(set(values)) == 1 else Changing(self.k, values)
+
+        options: dict[str, Any] = {"lr": option("lr"), "b1": option("b1")}
+        options |= {key: saved[key] for key in _SAME_NAMES if key in saved}
+        if "betas" in saved:
+            options["b2"] = saved["betas"][1]
+        if saved.get("decay_at_z"):  # as Meta's Reference form says it
+            options["decay_at"] = "z"
+        if form == "ScheduleFreeWrapper":
+            options = self._wrapped(info, saved, options)
+        z_dtype = steps[-1][i]["z_dtype"] or "float32"
+        names = tuple(saved["params"])
+        return Group(names, _CLASSES[form], Options(**options), z_dtype)
+
+    def _wrapped(
+        self, info: Mapping[str, Any], saved: Mapping[str, Any], options: dict[str, Any]
+    ) -> dict[str, Any]:
+        not_covered = [
+            key
+            for key in ("weight_decay", "dampening", "nesterov", "maximize")
+            if saved.get(key)
+        ]
+        if info["base"] != "torch.optim.sgd.SGD" or not_covered:
+            raise ValueError(
+                f"the wrapper over {info['base']} {not_covered or ''} has no reference "
+                "to replay it with. Over plain torch.optim.SGD it has."
+            )
+        wrapper = info["options"]
+        return options | {
+            "base_momentum": saved["momentum"],
+            "weight_decay": wrapper["weight_decay_at_y"],
+            "weight_lr_power": wrapper["weight_lr_power"],
+            "r": wrapper["r"],
+        }
+
+    def frames(self) -> Iterator[tuple[str, int, Leaves, Leaves, Leaves]]:
+        """(kind, step, gradients, y, x) of all that was recorded after the start."""
+        for frame in read_record(self.path):
+            if frame.kind != "start":
+                grads, y, x = (
+                    {name: _numpy(t) for name, t in frame.named(prefix).items()}
+                    for prefix in ("grad", "y", "x")
+                )
+                yield frame.kind, frame.step, grads, y, x
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    if tensor.dtype == torch.bfloat16:
+        return tensor.float().numpy().astype(ml_dtypes.bfloat16)
+    return tensor.numpy()

@@ -1,0 +1,127 @@
+r"""The float64 reference of what came after the first paper, over the same seams.
+
+ScheduleFree+ takes the loss f at y, and sums over all leaves of all groups:
+
+.. math::
+
+    I &= \beta_k \sum g \cdot (z - x) \\
+    e &= p e + (1 - p) \sqrt{\pi/2} \sum |g|, \quad \hat e = e / (1 - p^{k+1}) \\
+    lr_k &= \max(lr, \epsilon) \max(0, f + I) / \hat e
+
+References:
+  Defazio, *ScheduleFree+*, https://arxiv.org/abs/2605.19095
+  Song et al., *Through the River*, https://arxiv.org/abs/2507.09846 (Refined)
+  Defazio et al., *Smoothing DiLoCo with Primal Averaging*,
+    https://arxiv.org/abs/2512.17131 (GPA)
+  Mishchenko and Defazio, *Prodigy*, https://arxiv.org/abs/2306.06101
+"""
+
+from collections.abc import Callable, Mapping
+from math import exp, log, pi, sqrt
+
+import numpy as np
+
+from parity_tests.reference import AdamW, Leaves, Now, ScheduleFree
+
+Weight = Callable[[int, float], float]  # k, lr_k -> c
+
+
+# ScheduleFree+
+
+
+def annealed(start: float, end: float, steps: int) -> Callable[[int], float]:
+    """1 - β_k = exp((1 - s) log(1 - start) + s log(1 - end)), s = min(k / steps, 1)"""
+
+    def b1(k: int) -> float:
+        s = min(k / steps, 1.0) if steps else 0.0
+        return 1 - exp((1 - s) * log(1 - start) + s * log(1 - end))
+
+    return b1
+
+
+class PolyakStep:
+    """lr_k; 0 where there is no gradient, since then there is no direction either."""
+
+    def __init__(
+        self,
+        lr: Callable[[int], float],
+        eps: float,
+        b1: Callable[[int], float],
+        polyak_beta: float,
+        upstream_compatible: bool,
+    ) -> None:
+        self.lr, self.eps, self.b1 = lr, eps, b1
+        self.polyak_beta, self.upstream = polyak_beta, upstream_compatible
+        self.e = 0.0
+
+    def __call__(self, now: Now) -> float:
+        p = self.polyak_beta
+
+        def inner(now: Now, n: str) -> float:
+            return np.sum(np.real(np.conj(now.grads[n]) * (now.z[n] - now.x[n])))
+
+        norm = sqrt(pi / 2) * now.total(lambda now, n: np.sum(np.abs(now.grads[n])))
+        self.e = p * self.e + (1 - p) * norm
+        corrected = self.e / (1 - p ** (now.k + 1))
+        if self.upstream:
+            self.e = corrected
+        assert now.value is not None
+        gap = now.value + self.b1(now.k) * now.total(inner)
+        lr = max(self.lr(now.k), self.eps)
+        return lr * max(0.0, gap) / corrected if corrected else 0.0
+
+
+class AdamC(AdamW):
+    """u = -lr_k ĝ / (sqrt(v / (1 - b2^(k+1))) + eps) - lr_k² λ y"""
+
+    def __call__(self, now: Now, lr: float) -> Leaves:
+        return {
+            n: -lr * self.direction(n, g, now.k) - lr**2 * self.weight_decay * now.y[n]
+            for n, g in now.grads.items()
+        }
+
+
+class AverageAfter:
+    """c = 1 for the first c_warmup steps, which add no weight."""
+
+    def __init__(self, c_warmup: int, average: Weight) -> None:
+        self.c_warmup, self.average = c_warmup, average
+
+    def __call__(self, k: int, lr: float) -> float:
+        if k >= self.c_warmup:
+            return self.average(k, lr)
+        self.average.lr_max = max(self.average.lr_max, lr)  # type: ignore[attr-defined]
+        return 1.0
+
+
+# Averaging weights
+
+
+def refined(average: Weight, b1: Callable[[int], float], c: float) -> Weight:
+    """c_k = min(1, (1 - β) C w / W)"""
+    return lambda k, lr: min(1.0, (1 - b1(k)) * c * average(k, lr))
+
+
+def exponential(mu_x: float) -> Weight:
+    """GPA's c = 1 - μ_x."""
+    return lambda k, lr: 1 - mu_x
+
+
+# GPA's published code
+
+
+class HeldDecay(ScheduleFree):
+    """Decay that shrinks z (or y) and leaves y (or z): x is then what they imply."""
+
+    def __init__(self, *args: object, shrink: float, at: str, b1: float) -> None:
+        super().__init__(*args)  # type: ignore[arg-type]
+        self.shrink, self.at, self.b1 = shrink, at, b1
+
+    def step(
+        self, grads: Mapping[str, np.ndarray | None], value: float | None = None
+    ) -> None:
+        leaves = self.z if self.at == "z" else self.y
+        for n in leaves:
+            leaves[n] = (1 - self.shrink) * leaves[n]
+            self.x[n] = (self.y[n] - (1 - self.b1) * self.z[n]) / self.b1
+        super().step(grads, value)

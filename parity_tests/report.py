@@ -1,0 +1,221 @@
+"""The report of a matrix: one self-contained page with table and plots, and JSON."""
+
+import io
+import json
+import math
+import pathlib
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+import jinja2
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from parity_tests.case import Case
+from parity_tests.harness import VOICES, Outcome, run
+from parity_tests.trajectory import SEQUENCES, curve
+
+_PACKAGES = ("jax", "optax", "torch", "schedulefree", "numpy")
+_COLOURS = {"sf_jax": "#3b6fd4", "sf_torch": "#e2621b", "meta": "#8a919c"}
+_CURVES = ("adamw/together", "sgd/together", "radam/together", "adamw/network")
+
+
+def write(
+    folder: pathlib.Path,
+    cases: Sequence[Case],
+    outcomes: Sequence[Outcome],
+    skipped: Sequence[tuple[str, str]],
+    *,
+    device: str,
+    steps: int | None,
+    seconds: float,
+) -> pathlib.Path:
+    """Writes ``index.html`` and ``summary.json`` and gives the page's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "device": device,
+        "seconds": round(seconds, 1),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        **{name: metadata.version(name) for name in _PACKAGES},
+    }
+    summary = {
+        **facts,
+        "ok": all(o.ok for o in outcomes),
+        "worst": [
+            {"package": a, "against": b, **_as_row(o)}
+            for (a, b), o in worst_by_package(outcomes).items()
+        ],
+        "comparisons": [_as_row(o) for o in outcomes],
+        "skipped": [{"what": what, "reason": reason} for what, reason in skipped],
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    known = [o for o in outcomes if o.limit.differs]
+    page = (
+        _environment()
+        .from_string(_PAGE)
+        .render(
+            facts=facts,
+            ok=summary["ok"],
+            known=known,
+            worst=worst_by_package(outcomes),
+            outcomes=outcomes,
+            skipped=skipped,
+            figures=[
+                ("The worst distance of each case, as a share of its limit", _shares),
+                ("Distance from the reference, step by step", _curves),
+            ],
+            draw=lambda plot: _svg(plot, cases, outcomes, steps),
+        )
+    )
+    path = folder / "index.html"
+    path.write_text(page)
+    return path
+
+
+def worst_by_package(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], Outcome]:
+    """By (package, against) the outcome that uses most of its limit."""
+    found: dict[tuple[str, str], Outcome] = {}
+    for o in outcomes:
+        key = VOICES[o.voice].package, o.against
+        if not o.limit.differs and _share(o) >= _share(found.get(key)):
+            found[key] = o
+    return found
+
+
+def _share(o: Outcome | None) -> float:
+    return -1.0 if o is None else o.distance.ulps / o.limit.ulps
+
+
+def _as_row(o: Outcome) -> dict[str, Any]:
+    d = o.distance
+    return {
+        "case": o.case,
+        "voice": o.voice,
+        "against": o.against,
+        "ulps": d.ulps if math.isfinite(d.ulps) else None,  # JSON has no infinity
+        "sequence": d.sequence,
+        "leaf": d.leaf,
+        "step": d.step,
+        "limit_ulps": o.limit.ulps,
+        "must_differ": o.limit.differs,
+        "reason": o.limit.reason,
+        "ok": o.ok,
+    }
+
+
+def _svg(
+    plot: Any, cases: Sequence[Case], outcomes: Sequence[Outcome], steps: int | None
+) -> str:
+    with matplotlib.rc_context({"svg.fonttype": "path", "font.size": 9}):
+        figure = plot(cases, outcomes, steps)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def _shares(
+    cases: Sequence[Case], outcomes: Sequence[Outcome], steps: int | None
+) -> Figure:
+    """One row per case: sf_jax and sf_torch against the reference and Meta."""
+    names = [case.name for case in cases]
+    figure = Figure(figsize=(9, 1 + 0.17 * len(names)))
+    for ax, against in zip(
+        figure.subplots(1, 2, sharey=True), ("reference", "meta"), strict=True
+    ):
+        for package in ("sf_jax", "sf_torch"):
+            share: dict[str, float] = {}
+            for o in outcomes:
+                if (VOICES[o.voice].package, o.against) == (package, against):
+                    share[o.case] = max(share.get(o.case, 0), _share(o))
+            rows = [names.index(name) for name in share]
+            colour = _COLOURS[package]
+            ax.scatter(share.values(), rows, s=14, label=package, color=colour)
+        ax.axvline(1, color="#c0392b", lw=1)
+        ax.set(xlim=(0, None), title=f"against {against}", xlabel="share of the limit")
+        ax.grid(axis="y", lw=0.3)
+        _bare(ax)
+    figure.axes[0].set_yticks(range(len(names)), names, fontsize=6)
+    figure.axes[0].set_ylim(len(names), -1)
+    figure.axes[0].legend(frameon=False, loc="lower right")
+    return figure
+
+
+def _curves(
+    cases: Sequence[Case], outcomes: Sequence[Outcome], steps: int | None
+) -> Figure:
+    """y, x and z over the steps, of a few cases; all of them where few were run."""
+    ran = {(o.case, o.voice) for o in outcomes}
+    shown = [case for case in cases if case.name in _CURVES] or list(cases)[:4]
+    figure = Figure(figsize=(9, 2.1 * len(shown)))
+    grid = figure.subplots(len(shown), 3, squeeze=False, sharex=True, sharey="row")
+    for row, case in zip(grid, shown, strict=True):
+        yardstick = run(case, "reference", steps)
+        for ax, sequence in zip(row, SEQUENCES, strict=True):
+            for voice in ("meta", "torch", "jax scan"):
+                if (case.name, voice) not in ran:
+                    continue
+                ulps = curve(run(case, voice, steps), yardstick, case.dtype, sequence)
+                package = VOICES[voice].package
+                ax.plot(np.nan_to_num(ulps), lw=1, color=_COLOURS[package], label=voice)
+            ax.set_title(f"{case.name}: {sequence}", loc="left", fontsize=9)
+            _bare(ax)
+        row[0].set_ylabel("ulps")
+    grid[0][0].legend(frameon=False)
+    for ax in grid[-1]:
+        ax.set_xlabel("step")
+    figure.tight_layout()
+    return figure
+
+
+def _bare(ax: Axes) -> None:
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Parity of sf_jax and sf_torch</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto;
+       padding: 0 1rem; color: #22262b }
+table { border-collapse: collapse; font-size: 13px }
+td, th { text-align: left; padding: .15rem .8rem .15rem 0;
+         border-bottom: 1px solid #e6e8ec }
+td.number { text-align: right; font-variant-numeric: tabular-nums }
+.bad { color: #c0392b; font-weight: bold } .known { color: #a67c00 }
+.muted { color: #6b737d } svg { max-width: 100%; height: auto }
+</style>
+<h1>Parity of sf_jax and sf_torch</h1>
+<p>{% if ok %}All {{ outcomes|length }} comparisons hold.{% else %}
+<span class="bad">{{ outcomes|rejectattr("ok")|list|length }} of
+{{ outcomes|length }} comparisons do not hold.</span>{% endif %}
+Distances are in ulps, eps · max(1, max|w|), the largest over all steps of y, x and z;
+the steps count from 0.</p>
+<p class="muted">{% for name, value in facts.items() %}{{ name }} {{ value }}
+{{- ", " if not loop.last }}{% endfor %}</p>
+{% macro rows(list) %}
+<table><tr><th>case<th>voice<th>against<th>ulps<th>limit<th>where<th>why so much
+{% for o in list %}<tr{% if not o.ok %} class="bad"{% elif o.limit.differs %}
+ class="known"{% endif %}><td>{{ o.case }}<td>{{ o.voice }}<td>{{ o.against }}
+<td class="number">{{ "%.2f"|format(o.distance.ulps) }}
+<td class="number">{{ "> " if o.limit.differs }}{{ "%.4g"|format(o.limit.ulps) }}
+<td>{% if o.distance.leaf %}{{ o.distance.sequence }} of {{ o.distance.leaf }}, step
+{{ o.distance.step }}{% endif %}<td class="muted">{{ o.limit.reason }}
+{% endfor %}</table>{% endmacro %}
+<h2>The worst of each pair</h2>{{ rows(worst.values()) }}
+{% if known %}<h2>Known differences</h2>
+<p>They must be there: a row that agreed would be an error.</p>{{ rows(known) }}
+{% endif %}
+{% for title, plot in figures %}<h2>{{ title }}</h2>{{ draw(plot)|safe }}{% endfor %}
+<h2>Every comparison</h2>{{ rows(outcomes) }}
+<h2>Not run</h2><table>{% for what, reason in skipped %}
+<tr><td>{{ what }}<td class="muted">{{ reason }}{% endfor %}</table>
+"""

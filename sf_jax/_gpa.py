@@ -1,0 +1,174 @@
+r"""Generalized Primal Averaging (GPA) over AdamW: an exponential average of z.
+
+.. math::
+
+    z' &= (1 - lr_k \lambda) z - lr_k \frac{\hat m}{\sqrt{\hat v} + \epsilon} \\
+    x' &= \mu_x x + (1 - \mu_x) z' \\
+    y' &= \mu_y x' + (1 - \mu_y) z'
+
+It is the rule with :math:`c = 1 - \mu_x` and :math:`\beta = \mu_y`. With the μ_x of
+a plain mean, ``1 - 1 / (k + 1)``, it is Schedule-Free AdamW with momentum.
+
+The published code shrinks z and leaves y where it is. Since x is what y and z imply,
+that pushes x away from zero by :math:`lr_k \lambda z (1 - \mu_y) / \mu_y`;
+``upstream_compatible`` does the same.
+
+References:
+  Defazio et al., *Smoothing DiLoCo with Primal Averaging for Faster Training of
+    LLMs*, https://arxiv.org/abs/2512.17131
+  https://github.com/facebookresearch/optimizers (gpa, the published code)
+"""
+
+from typing import Any
+
+import jax
+import optax
+
+from sf_jax import _averaging, _checks
+from sf_jax._adamw import schedule_free_adamw
+from sf_jax._decay import Mask
+from sf_jax._schedule_free import ScheduleFreeState, like, widen
+
+
+def gpa_adamw(
+    learning_rate: optax.ScalarOrSchedule = 0.001,
+    warmup_steps: int | None = None,
+    mu_y: optax.ScalarOrSchedule = 0.7,
+    mu_x: optax.ScalarOrSchedule = 0.9967,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    state_dtype: jax.typing.DTypeLike | None = None,
+    *,
+    decay_at: str = "z",
+    mask: Mask | None = None,
+    store_x: bool = False,
+    upstream_compatible: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdamW with Generalized Primal Averaging.
+
+    .. math::
+
+        z' &= (1 - lr_k \lambda) z - lr_k \frac{\hat m}{\sqrt{\hat v} + \epsilon} \\
+        x' &= \mu_x x + (1 - \mu_x) z' \\
+        y' &= \mu_y x' + (1 - \mu_y) z'
+
+    Args:
+      learning_rate: step size; a float, an array or a schedule of the count. Unlike
+        Schedule-Free's, it may well decay.
+      warmup_steps: steps of linear warmup; None or 0 for none.
+      mu_y: weight of x in y, in [0, 1]; a float, an array or a schedule.
+      mu_x: weight of the old x in the new, in [0, 1]; a float, an array or a schedule.
+      b1: decay rate of the first moment m, in [0, 1).
+      b2: decay rate of the second moment v, in [0, 1).
+      eps: added to the root of v.
+      weight_decay: λ, decoupled and times the learning rate.
+      state_dtype: dtype of z, x and the moments. By default that of each parameter,
+        float32 for those narrower than it.
+      decay_at: "z", "y" or "x": what the decay pulls towards zero by.
+      mask: which leaves decay: a prefix tree of bools or a function of params giving
+        one; None for all.
+      store_x: keep x in the state, so that ``eval_params`` needs no params.
+      upstream_compatible: decay as the published code does, which moves x too (see
+        the module).
+
+    Returns:
+      An optax transformation whose state is a ``ScheduleFreeState``.
+
+    Raises:
+      ValueError: an argument out of its range, an unknown ``decay_at``.
+      TypeError: ``warmup_steps`` that is not an integer.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, sf_jax
+      >>> tx = sf_jax.gpa_adamw(0.1, mu_x=0.9)
+      >>> params = jnp.array([3.0, -2.0])  # y
+      >>> state = tx.init(params)
+      >>> for _ in range(200):
+      ...     updates, state = tx.update(2 * params, state, params)  # of |y|^2
+      ...     params = optax.apply_updates(params, updates)
+      >>> bool(jnp.linalg.norm(sf_jax.eval_params(state, params)) < 0.2)
+      True
+
+    References:
+      Defazio et al., *Smoothing DiLoCo with Primal Averaging for Faster Training of
+        LLMs*, https://arxiv.org/abs/2512.17131
+    """
+    _checks.interpolation("mu_y", mu_y)
+    tx = schedule_free_adamw(
+        learning_rate,
+        warmup_steps,
+        mu_y,
+        b2,
+        eps,
+        0.0 if upstream_compatible else weight_decay,
+        state_dtype=state_dtype,
+        inner_momentum=b1,
+        decay_at=decay_at,
+        mask=mask,
+        average=_averaging.exponential_average(mu_x),
+        store_x=store_x,
+    )
+    if not upstream_compatible or _checks.is_zero(weight_decay):
+        return tx
+    _checks.weight_decay(weight_decay)
+    _checks.choice("decay_at", decay_at, ("z", "y"))
+    if _checks.is_zero(mu_y):
+        raise ValueError(
+            "upstream_compatible needs mu_y > 0: with y = z there is no x for the "
+            "decay to move. Leave upstream_compatible out."
+        )
+    step_size = _averaging.scheduled(learning_rate, warmup_steps)
+
+    def update(
+        grads: optax.Updates,
+        state: ScheduleFreeState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScheduleFreeState]:
+        if params is None:
+            return tx.update(grads, state)  # which says what is missing
+        shrink = step_size(state.count).hi * weight_decay
+        held, moved = _shrunk(decay_at, shrink, state, params, mask)
+        updates, state = tx.update(grads, held, moved, **extra_args)
+        return jax.tree.map(lambda u, m, p: u + (m - p), updates, moved, params), state
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def _shrunk(
+    at: str,
+    shrink: jax.Array,
+    state: ScheduleFreeState,
+    params: optax.Params,
+    mask: Mask | None,
+) -> tuple[ScheduleFreeState, optax.Params]:
+    """z or y made smaller, with the other as it is and x what the two imply."""
+    decays = jax.tree.broadcast(
+        True if mask is None else mask(params) if callable(mask) else mask, params
+    )
+
+    def smaller(leaf: jax.Array, decay: bool) -> jax.Array:
+        wide = widen(leaf)
+        return (wide - like(shrink, wide) * wide).astype(leaf.dtype) if decay else leaf
+
+    def implied(x: Any, z: jax.Array, decay: bool) -> Any:
+        if isinstance(x, optax.MaskedNode) or not decay:
+            return x
+        x, z, b1 = widen(x), widen(z), like(state.b1, x)
+        away = (1 - b1) * z if at == "z" else -(b1 * x + (1 - b1) * z)
+        return (x + like(shrink, x) / b1 * away).astype(z.dtype)
+
+    x = jax.tree.map(lambda z, x, d: implied(x, z, d), state.z, state.x, decays)
+    if at == "z":
+        z = jax.tree.map(smaller, state.z, decays)
+        return state._replace(z=z, x=x), params
+    y = jax.tree.map(
+        # A stored x carries y along; the parameter itself counts where it does not.
+        lambda p, x, d: smaller(p, d) if isinstance(x, optax.MaskedNode) else p,
+        params,
+        state.x,
+        decays,
+    )
+    return state._replace(x=x), y

@@ -1,0 +1,215 @@
+r"""ScheduleFree+: no schedule and no learning rate to tune; the loss sets the step.
+
+With the loss :math:`f` at y, and sums over all parameters (and all devices that
+share them),
+
+.. math::
+
+    I &= \beta_k \sum g \cdot (z - x) \\
+    e &= p \, e + (1 - p) \sqrt{\pi / 2} \sum |g|, \qquad
+    \hat e = e / (1 - p^{k+1}) \\
+    lr_k &= \max(lr, \epsilon) \, \max(0, f + I) / \hat e
+
+The base step is AdamW's with momentum, whose decay is scaled by :math:`lr_k` twice
+(AdamC), the average begins after ``c_warmup`` steps, and β may grow:
+
+.. math::
+
+    1 - \beta_k = (1 - \beta_0)^{1 - s} (1 - \beta_{max})^s, \qquad
+    s = \min(1, k / anneal\_steps)
+
+References:
+  Defazio, *ScheduleFree+: Scaling Learning-Rate-Free & Schedule-Free Learning to
+    Large Language Models*, https://arxiv.org/abs/2605.19095
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sf_jax import _averaging, _checks, _double
+from sf_jax._adamw import adamw_base
+from sf_jax._averaging import one_minus_power
+from sf_jax._decay import Mask
+from sf_jax._double import Double, double, scalar_dtype
+from sf_jax._schedule_free import Iterates, StepSize, rule, widen
+
+
+class PolyakState(NamedTuple):
+    """What the step size remembers."""
+
+    grad_l1: jax.Array  # () scalar: e, the running mean of sqrt(π/2) Σ|g|
+
+
+def polyak_step_size(
+    learning_rate: optax.ScalarOrSchedule,
+    sf_beta1: optax.ScalarOrSchedule,
+    eps: jax.typing.ArrayLike,
+    polyak_beta: jax.typing.ArrayLike,
+    upstream_compatible: bool,
+) -> StepSize:
+    scheduled = _averaging.scheduled(learning_rate)
+
+    def update(
+        state: PolyakState,
+        count: jax.Array,
+        grads: optax.Updates,
+        iterates: Iterates,
+        extra_args: dict[str, Any],
+    ) -> tuple[Double, PolyakState]:
+        loss = extra_args.get("value")
+        if loss is None:
+            raise ValueError(
+                "schedule_free_plus needs the loss: call update(grads, state, params, "
+                "value=loss), with loss from jax.value_and_grad. Under other "
+                "transformations use optax.chain, which hands value on."
+            )
+        towards_x = jax.tree.map(_inner, grads, iterates.z, iterates.x)
+        norm = math.sqrt(math.pi / 2) * _total(jax.tree.map(jnp.abs, grads))
+        mean = polyak_beta * state.grad_l1 + (1 - polyak_beta) * norm
+        corrected = mean / one_minus_power(polyak_beta, count)
+        beta = sf_beta1(count) if callable(sf_beta1) else sf_beta1
+        gap = jnp.asarray(loss, scalar_dtype()) + beta * _total(towards_x)
+        # Without a gradient there is no direction either, and any step will do.
+        ratio = jnp.where(corrected > 0, jnp.maximum(gap, 0) / corrected, 0.0)
+        lr, least = scheduled(count), double(eps)
+        lr = _double.where(lr.hi >= least.hi, lr, least)
+        kept = corrected if upstream_compatible else mean
+        return _double.multiply(lr, double(ratio)), PolyakState(jnp.asarray(kept))
+
+    return StepSize(lambda params: PolyakState(jnp.zeros((), scalar_dtype())), update)
+
+
+def annealed(
+    start: jax.typing.ArrayLike, end: jax.typing.ArrayLike, steps: int
+) -> Callable[[jax.Array], jax.Array]:
+    """β from start to end in so many steps, geometric in ``1 - β``."""
+
+    def beta(count: jax.Array) -> jax.Array:
+        s = jnp.minimum(count.astype(scalar_dtype()) / steps, 1)
+        at_start = jnp.log(_averaging.complement(start))
+        at_end = jnp.log(_averaging.complement(end))
+        return -jnp.expm1((1 - s) * at_start + s * at_end)
+
+    return beta
+
+
+def schedule_free_plus(
+    learning_rate: optax.ScalarOrSchedule = 1.0,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    sf_beta1: float = 0.9,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    r: float = 0.0,
+    polyak_beta: float = 0.0,
+    c_warmup: int = 0,
+    sf_beta1_anneal_steps: int = 0,
+    sf_beta1_max: float = 0.965,
+    weight_lr_power: float = 2.0,
+    state_dtype: jax.typing.DTypeLike | None = None,
+    *,
+    mask: Mask | None = None,
+    store_x: bool = False,
+    upstream_compatible: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""ScheduleFree+, AdamC with a Polyak step size, for large runs.
+
+    .. math::
+
+        lr_k &= \max(lr, \epsilon) \, \max(0, f + \beta_k \sum g \cdot (z - x))
+                / \hat e \\
+        z' &= z - lr_k \frac{\hat m}{\sqrt{\hat v} + \epsilon} - lr_k^2 \lambda y \\
+        x' &= (1 - c_k) x + c_k z' \\
+        y' &= (1 - \beta_k) z' + \beta_k x'
+
+    with f the loss, and ê the size of the gradient (see the module). The sums run over
+    the whole tree; under ``jit`` over all devices of sharded arrays too.
+
+    Args:
+      learning_rate: a factor on the step size, 1 unless you know better; a float, an
+        array or a schedule of the count.
+      b1: decay rate of the first moment m, in [0, 1). Not β, unlike elsewhere.
+      b2: decay rate of the second moment v, in [0, 1).
+      sf_beta1: β, the weight of x in y, in [0, 1].
+      eps: added to the root of v, and the least ``learning_rate``.
+      weight_decay: λ, times the square of the step size, at y. That makes good values
+        far larger than AdamW's.
+      r: steps are also weighed by ``(k + 1) ** r``.
+      polyak_beta: decay rate of the mean of the gradients' size, in [0, 1); 0 for the
+        present gradient alone.
+      c_warmup: steps before the average begins; until then x is z.
+      sf_beta1_anneal_steps: steps in which β goes to ``sf_beta1_max``; 0 for constant.
+      sf_beta1_max: β after those steps.
+      weight_lr_power: steps are weighed by the largest step size so far to this power.
+      state_dtype: dtype of z, x and the moments. By default that of each parameter,
+        float32 for those narrower than it.
+      mask: which leaves decay: a prefix tree of bools or a function of params giving
+        one; None for all.
+      store_x: keep x in the state, so that ``eval_params`` needs no params.
+      upstream_compatible: follow the published code also where it corrects its mean
+        of the gradients' size for bias again and again, so that with
+        ``polyak_beta > 0`` the step size vanishes.
+
+    Returns:
+      An optax transformation whose state is a ``ScheduleFreeState``. Its ``update``
+      needs the loss too: ``update(grads, state, params, value=loss)``.
+
+    Raises:
+      ValueError: an argument out of its range; in ``update`` a missing ``value``.
+      TypeError: a number of steps that is not an integer.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, sf_jax
+      >>> tx = sf_jax.schedule_free_plus()
+      >>> params = jnp.array([3.0, -2.0])  # y
+      >>> state = tx.init(params)
+      >>> for _ in range(200):
+      ...     loss, grads = jax.value_and_grad(lambda w: jnp.sum(w**2))(params)
+      ...     updates, state = tx.update(grads, state, params, value=loss)
+      ...     params = optax.apply_updates(params, updates)
+      >>> bool(jnp.linalg.norm(sf_jax.eval_params(state, params)) < 0.2)
+      True
+
+    References:
+      Defazio, *ScheduleFree+: Scaling Learning-Rate-Free & Schedule-Free Learning to
+        Large Language Models*, https://arxiv.org/abs/2605.19095
+    """
+    _checks.learning_rate(learning_rate)
+    for name, value in {"b1": b1, "b2": b2, "polyak_beta": polyak_beta}.items():
+        _checks.decay_rate(name, value)
+    _checks.interpolation("sf_beta1", sf_beta1)
+    _checks.eps(eps)
+    _checks.weight_decay(weight_decay)
+    _checks.steps("c_warmup", c_warmup)
+    _checks.steps("sf_beta1_anneal_steps", sf_beta1_anneal_steps)
+    beta: Any = sf_beta1
+    if sf_beta1_anneal_steps:
+        # Both below 1: an average that is all of y could never be left again.
+        _checks.decay_rate("sf_beta1", sf_beta1)
+        _checks.decay_rate("sf_beta1_max", sf_beta1_max)
+        beta = annealed(sf_beta1, sf_beta1_max, sf_beta1_anneal_steps)
+    return rule(
+        adamw_base(b2, eps, b1, weight_decay, "y", mask, variant="adamc"),
+        polyak_step_size(learning_rate, beta, eps, polyak_beta, upstream_compatible),
+        _averaging.average_after(
+            c_warmup, _averaging.polynomial_average(r, weight_lr_power)
+        ),
+        beta,
+        state_dtype=state_dtype,
+        store_x=store_x,
+    )
+
+
+def _inner(g: jax.Array, z: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.real(jnp.conj(widen(g)) * (widen(z) - widen(x)))
+
+
+def _total(tree: optax.Updates) -> jax.Array:
+    sums = [jnp.sum(leaf, dtype=scalar_dtype()) for leaf in jax.tree.leaves(tree)]
+    return functools.reduce(jnp.add, sums, jnp.zeros((), scalar_dtype()))

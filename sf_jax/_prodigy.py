@@ -1,0 +1,111 @@
+r"""Prodigy with Schedule-Free averaging: neither a schedule nor a learning rate.
+
+Prodigy moves z and estimates d, the distance to the solution, which multiplies the
+learning rate of the next step. The average weighs each step by :math:`lr_k d`, with
+the d after the step. Prodigy measures how far z has come, so z is its params.
+
+References:
+  Mishchenko and Defazio, *Prodigy: An Expeditiously Adaptive Parameter-Free Learner*,
+    https://arxiv.org/abs/2306.06101
+  Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
+"""
+
+import jax
+import optax
+
+from sf_jax import _averaging, _checks
+from sf_jax._schedule_free import schedule_free
+
+
+def schedule_free_prodigy(
+    learning_rate: optax.ScalarOrSchedule = 1.0,
+    warmup_steps: int | None = None,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    weight_lr_power: float = 2.0,
+    state_dtype: jax.typing.DTypeLike | None = None,
+    *,
+    r: float = 0.0,
+    inner_momentum: float = 0.0,
+    estim_lr0: float = 1e-6,
+    estim_lr_coef: float = 1.0,
+    average: _averaging.Average | None = None,
+    store_x: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Schedule-Free Prodigy, over ``optax.contrib.prodigy``.
+
+    .. math::
+
+        z' &= z + u_{Prodigy}(g, z) \\
+        w_k &= (k+1)^r \max_{i \le k} (lr_i d_{i+1})^2
+
+    Args:
+      learning_rate: a factor on Prodigy's own step size, 1 unless you know better; a
+        float, an array or a schedule of the count.
+      warmup_steps: steps of linear warmup; None or 0 for none.
+      b1: β, the weight of x in y, in [0, 1]; a float, an array or a schedule.
+      b2: decay rate of the second moment, in [0, 1).
+      eps: added to the root of it.
+      weight_decay: decoupled, times the step size, at z.
+      weight_lr_power: steps are weighed by the largest step size so far to this power.
+      state_dtype: dtype of z, x and the moments. By default that of each parameter,
+        float32 for those narrower than it.
+      r: steps are also weighed by ``(k + 1) ** r``.
+      inner_momentum: Prodigy's own first moment, in [0, 1); β takes its place.
+      estim_lr0: the first d, smaller than the distance to the solution.
+      estim_lr_coef: a factor on the estimates of d.
+      average: another averaging weight in place of that of ``r`` and
+        ``weight_lr_power``.
+      store_x: keep x in the state, so that ``eval_params`` needs no params.
+
+    Returns:
+      An optax transformation whose state is a ``ScheduleFreeState``.
+
+    Raises:
+      ValueError: an argument out of its range.
+      TypeError: ``warmup_steps`` that is not an integer.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, sf_jax
+      >>> tx = sf_jax.schedule_free_prodigy()
+      >>> params = jnp.array([3.0, -2.0])  # y
+      >>> state = tx.init(params)
+      >>> for _ in range(200):
+      ...     updates, state = tx.update(2 * params, state, params)  # of |y|^2
+      ...     params = optax.apply_updates(params, updates)
+      >>> bool(jnp.linalg.norm(sf_jax.eval_params(state, params)) < 0.2)
+      True
+
+    References:
+      Mishchenko and Defazio, *Prodigy: An Expeditiously Adaptive Parameter-Free
+        Learner*, https://arxiv.org/abs/2306.06101
+    """
+    _checks.learning_rate(learning_rate)
+    _checks.warmup_steps(warmup_steps)
+    _checks.decay_rate("b2", b2)
+    _checks.decay_rate("inner_momentum", inner_momentum)
+    _checks.eps(eps)
+    _checks.weight_decay(weight_decay)
+    step_size = _averaging.scheduled(learning_rate, warmup_steps)
+    prodigy = optax.contrib.prodigy(
+        lambda count: step_size(count).hi,
+        betas=(inner_momentum, b2),
+        eps=eps,
+        estim_lr0=estim_lr0,
+        estim_lr_coef=estim_lr_coef,
+        weight_decay=weight_decay,
+    )
+    return schedule_free(
+        prodigy,
+        lambda count: step_size(count).hi,
+        b1,
+        weight_lr_power,
+        state_dtype,
+        r=r,
+        average=average,
+        decay_at="z",
+        lr_scale=lambda state: state.estim_lr,
+        store_x=store_x,
+    )

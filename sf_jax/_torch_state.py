@@ -1,0 +1,207 @@
+"""What a PyTorch optimizer's ``state_dict`` says, and tensors without torch.
+
+Tensors are only asked for their values and for new ones like themselves; NumPy arrays
+may stand in for them everywhere.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from sf_jax._torch_names import first_names
+
+# Whatever a state keeps beside the moments: the iterates (y is also the parameter's
+# own value) and torch's count of steps, which is the group's k.
+IMPLIED = {"x", "y", "z", "step"}
+_BUFFERS = {"running_mean", "running_var", "num_batches_tracked"}
+_CAST = {  # NumPy's name of a dtype, and the method of a tensor that casts to it
+    "bfloat16": "bfloat16",
+    "float16": "half",
+    "float32": "float",
+    "float64": "double",
+    "complex64": "cfloat",
+    "complex128": "cdouble",
+}
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """What a parameter group remembers of its steps, and a Schedule-Free state too."""
+
+    k: int
+    weight_sum: float
+    lr_max: float
+    b1: float | None  # None: the group does not tell
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> "Scalars":
+        b1 = group.get("b1")  # what the present y was formed with
+        if b1 is None and "betas" in group and "train_mode" in group:
+            b1 = group["betas"][0]
+        # A group without a mode is that of Meta's wrapper, where momentum is the base
+        # optimizer's.
+        if b1 is None and "train_mode" in group:
+            b1 = group.get("momentum")
+        return cls(
+            k=int(group.get("k", 0)),
+            weight_sum=float(group.get("weight_sum", 0.0)),
+            lr_max=max(float(group.get("lr_max", 0.0)), 0.0),  # starts at -1
+            b1=None if b1 is None else float(b1),
+        )
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter that a PyTorch optimizer moves, with what is kept for it."""
+
+    name: str
+    scalars: Scalars
+    param: np.ndarray
+    at_x: bool  # whether param is x and not y
+    state: Mapping[str, np.ndarray]
+
+    def y(self, b1: float) -> np.ndarray:
+        if not self.at_x or "z" not in self.state:
+            return self.param
+        x, z = wide(self.state.get("x", self.param)), wide(self.state["z"])
+        return x + (1 - b1) * (z - x)
+
+    def get(self, key: str, b1: float) -> np.ndarray | None:
+        """State by PyTorch's key; None where it is missing and cannot be made."""
+        if key in self.state:
+            return self.state[key]
+        if "z" not in self.state:  # no gradient so far: x, y and z are one
+            return self.param if key in IMPLIED else np.zeros_like(self.param)
+        if key == "x" and (self.at_x or b1 > 0):
+            y, z = wide(self.param), wide(self.state["z"])
+            return self.param if self.at_x else y + (1 - b1) / b1 * (y - z)
+        return None
+
+
+def read_parameters(
+    model: Mapping[str, Any],
+    optimizer: Mapping[str, Any],
+    param_names: Sequence[str] | None,
+    model_holds: str | None,
+    problems: list[str],
+) -> dict[str, Parameter]:
+    """The optimizer's parameters by name; what is wrong with them into problems."""
+    if model_holds not in (None, "y", "x"):
+        raise ValueError(
+            f"model_holds must be 'y', 'x' or None, got {model_holds!r}. It says which "
+            "of the sequences the model's parameters are."
+        )
+    order = name_order(model, optimizer, param_names, problems)
+    parameters = {}
+    for group in optimizer["param_groups"]:
+        scalars, holds = Scalars.of(group), model_holds
+        if holds is None and "train_mode" in group:
+            holds = "y" if group["train_mode"] else "x"
+        for index in group["params"]:
+            if (name := order.get(index)) is None:
+                continue
+            param = to_numpy(model[name])
+            state = {
+                key: to_numpy(value)
+                for key, value in optimizer["state"].get(index, {}).items()
+                if value is not None  # SGD's buffer where it has no momentum
+            }
+            problems += [
+                f"misshapen: {key} {value.shape} of {name} {param.shape}; is the "
+                "optimizer's order another? (param_names=)"
+                for key, value in state.items()
+                if key != "step" and value.shape != param.shape
+            ]
+            parameters[name] = Parameter(name, scalars, param, holds == "x", state)
+        if holds is None and any("z" in p.state for p in parameters.values()):
+            problems.append(
+                "the state dict does not say whether the parameters are y or x: pass "
+                "model_holds="
+            )
+    started = any(optimizer["state"].values())
+    if started and not any("z" in p.state for p in parameters.values()):
+        problems.append("no z in the optimizer's state: it is no Schedule-Free one")
+    return parameters
+
+
+def name_order(
+    model: Mapping[str, Any],
+    optimizer: Mapping[str, Any],
+    param_names: Sequence[str] | None,
+    problems: list[str],
+) -> dict[int, str]:
+    """The names of the optimizer's parameters by their index."""
+    groups = optimizer["param_groups"]
+    indices = [index for group in groups for index in group["params"]]
+    if param_names is not None:
+        names = list(param_names)
+    elif all("param_names" in group for group in groups):
+        names = [name for group in groups for name in group["param_names"]]
+    elif len(groups) == 1:
+        names = [
+            name
+            for name, first in first_names(model).items()
+            if name == first and name.rpartition(".")[2] not in _BUFFERS
+        ]
+    else:
+        problems.append(
+            f"the optimizer has {len(groups)} groups and no names: pass param_names=, "
+            "group after group"
+        )
+        return {}
+    if len(names) != len(indices):
+        problems.append(
+            f"the optimizer has {len(indices)} parameters, for {len(names)} names: "
+            f"{', '.join(names)}; pass param_names= in the optimizer's order"
+        )
+        return {}
+    unknown = [name for name in names if name not in model]
+    problems += [f"unknown: {name} in param_names" for name in unknown]
+    return {i: n for i, n in zip(indices, names, strict=True) if n in model}
+
+
+def common_scalars(
+    parameters: Sequence[Parameter], problems: list[str]
+) -> Scalars | None:
+    """What one Schedule-Free state can hold of several groups, if they agree."""
+    by_value: dict[Scalars, list[str]] = {}
+    for parameter in parameters:
+        by_value.setdefault(parameter.scalars, []).append(parameter.name)
+    if len(by_value) > 1:
+        problems.append(
+            "one Schedule-Free state for groups that differ: "
+            + "; ".join(f"{names} with {value}" for value, names in by_value.items())
+            + ". Give each a transformation with optax.partition"
+        )
+    return next(iter(by_value)) if len(by_value) == 1 else None
+
+
+def to_numpy(tensor: Any) -> np.ndarray:
+    if not hasattr(tensor, "detach"):
+        return np.asarray(tensor)
+    if hasattr(tensor, "full_tensor"):  # sharded
+        tensor = tensor.full_tensor()
+    tensor = tensor.detach().cpu()
+    if str(tensor.dtype) == "torch.bfloat16":  # which NumPy does not know
+        return np.asarray(tensor.float()).astype(ml_dtypes.bfloat16)
+    return np.asarray(tensor)
+
+
+def to_tensor(array: Any, like: Any, dtype: Any = None) -> Any:
+    """A new tensor on the device of `like`, in its dtype unless told otherwise."""
+    if not hasattr(like, "new_tensor"):
+        return np.array(array, dtype or like.dtype)
+    if dtype is not None:
+        like = getattr(like.new_empty(0), _CAST[str(np.dtype(dtype))])()
+    array = np.array(array, order="C")
+    if array.dtype == ml_dtypes.bfloat16:
+        array = array.astype(np.float32)
+    return like.new_tensor(array)
+
+
+def wide(array: np.ndarray) -> np.ndarray:
+    """In double precision, real or complex."""
+    return array.astype(np.result_type(array.dtype, np.float64))

@@ -1,0 +1,281 @@
+"""What the members of the family promise beyond following other implementations."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import sf_jax
+
+RNG = np.random.default_rng(0)
+PARAMS = {
+    "w": jnp.asarray(RNG.normal(size=(16, 8)), jnp.float32),
+    "b": jnp.asarray(RNG.normal(size=8), jnp.float32),
+}
+TARGET = jax.tree.map(lambda p: 0.5 * jnp.cos(7 * p), PARAMS)
+close = partial(np.testing.assert_allclose, rtol=2e-6, atol=2e-6)
+
+
+def loss(params, step):
+    """A bowl whose slope is noisy, also at the bottom, so that no step size is free."""
+    noise = jnp.sin((step + 1) * jnp.arange(1.0, 9.0))
+
+    def of_leaf(p, target):
+        return jnp.sum((p - target) ** 2 + 0.3 * noise * p)
+
+    return sum(jax.tree.leaves(jax.tree.map(of_leaf, params, TARGET))) + 5.0
+
+
+def train(tx, params=PARAMS, steps=60):
+    """y, x and z after each step."""
+
+    def step(carry, count):
+        params, state = carry
+        value, grads = jax.value_and_grad(loss)(params, count)
+        updates, state = tx.update(grads, state, params, value=value)
+        params = optax.apply_updates(params, updates)
+        return (params, state), (params, sf_jax.eval_params(state, params), state.z)
+
+    run = jax.jit(lambda p, s: jax.lax.scan(step, (p, s), jnp.arange(steps)))
+    return run(params, tx.init(params))[1]
+
+
+# One optimizer, two ways
+
+PLAIN = {
+    "sgd": partial(sf_jax.schedule_free_sgd, 0.1),
+    "adamw": partial(sf_jax.schedule_free_adamw, 0.02, weight_decay=0.1),
+    "radam": partial(sf_jax.schedule_free_radam, 0.02),
+    "wrapper": partial(sf_jax.schedule_free, optax.rmsprop(0.01), 0.01),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_refined_with_c_of_one_over_one_minus_beta_is_plain(name):
+    make = PLAIN[name]
+    refined = make(b1=0.9, average=sf_jax.refined_average(10.0, b1=0.9))
+    jax.tree.map(close, train(refined), train(make(b1=0.9)))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_exponential_average_with_the_mu_of_a_mean_is_plain(name):
+    """Where the step size is constant, so that all steps weigh alike."""
+    make = partial(PLAIN[name], **({} if name == "radam" else {"r": 0.0}))
+    if name == "radam":  # its step size grows; weigh its steps alike too
+        make = partial(make, weight_lr_power=0.0)
+    mean = sf_jax.exponential_average(lambda count: 1 - 1 / (count + 1.0))
+    jax.tree.map(close, train(make(average=mean)), train(make()))
+
+
+def test_gpa_with_the_coefficients_of_schedule_free_is_schedule_free():
+    options = {"eps": 1e-8, "b2": 0.99, "weight_decay": 0.1, "decay_at": "z"}
+    gpa = sf_jax.gpa_adamw(
+        0.02, mu_y=0.9, mu_x=lambda count: 1 - 1 / (count + 1.0), **options
+    )
+    plain = sf_jax.schedule_free_adamw(0.02, b1=0.9, inner_momentum=0.9, **options)
+    jax.tree.map(close, train(gpa), train(plain))
+
+
+@pytest.mark.parametrize("decay_at", ["z", "y"])
+def test_gpa_upstream_is_one_whether_x_is_stored_or_not(decay_at):
+    make = partial(
+        sf_jax.gpa_adamw,
+        0.02,
+        weight_decay=0.5,
+        decay_at=decay_at,
+        mask={"w": True, "b": False},
+        upstream_compatible=True,
+    )
+    lean, stored = train(make()), train(make(store_x=True))
+    jax.tree.map(close, lean, stored)
+    ours = train(make(upstream_compatible=False))
+    assert not np.allclose(lean[1]["w"], ours[1]["w"], rtol=1e-3)
+    jax.tree.map(close, lean[1]["b"], ours[1]["b"])
+
+
+def test_refined_is_capped_at_z():
+    tx = sf_jax.schedule_free_sgd(0.1, average=sf_jax.refined_average(1e6, b1=0.9))
+    _, x, z = train(tx, steps=5)
+    jax.tree.map(close, x, z)
+
+
+# ScheduleFree+
+
+
+def step_sizes(steps=21, **options):
+    """At constant loss and gradient z moves by the step size, in each coordinate."""
+    tx = sf_jax.schedule_free_plus(sf_beta1=0.0, **options)
+    params, moved = jnp.zeros(3), []
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    for _ in range(steps):
+        before = state.z
+        updates, state = update(jnp.full(3, 0.2), state, params, value=0.7)
+        params = optax.apply_updates(params, updates)
+        moved.append(float(before[0] - state.z[0]))
+    return np.array(moved) / moved[0]
+
+
+def test_upstreams_mean_makes_the_step_size_vanish():
+    sizes = step_sizes(polyak_beta=0.9, upstream_compatible=True)
+    assert f"{sizes[20]:.1e}" == "2.5e-04"
+
+
+@pytest.mark.parametrize("polyak_beta", [0.0, 0.9])
+def test_ours_stays(polyak_beta):
+    np.testing.assert_allclose(step_sizes(polyak_beta=polyak_beta), 1, rtol=1e-5)
+
+
+def test_plus_needs_the_loss():
+    tx = sf_jax.schedule_free_plus()
+    with pytest.raises(ValueError, match="value=loss"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+def test_the_loss_reaches_plus_inside_other_transformations():
+    tx = optax.chain(optax.clip(10.0), sf_jax.schedule_free_plus())
+    multi = optax.MultiSteps(tx, every_k_schedule=2)
+    state = multi.init(PARAMS)
+    for _ in range(2):
+        updates, state = multi.update(PARAMS, state, PARAMS, value=jnp.float32(1.0))
+    assert all(jnp.any(u != 0) for u in jax.tree.leaves(updates))
+
+
+def test_plus_without_gradients_moves_nothing():
+    zero = jax.tree.map(jnp.zeros_like, PARAMS)
+    for polyak_beta in (0.0, 0.9):
+        tx = sf_jax.schedule_free_plus(polyak_beta=polyak_beta, weight_decay=1.0)
+        updates, _ = tx.update(zero, tx.init(PARAMS), PARAMS, value=1.0)
+        jax.tree.map(partial(np.testing.assert_array_equal, 0), updates)
+
+
+def test_the_average_begins_after_c_warmup():
+    _, x, z = train(sf_jax.schedule_free_plus(c_warmup=4), steps=6)
+    for step in range(4):
+        close(x["w"][step], z["w"][step])
+    close(x["w"][4], z["w"][4])  # the first that has weight has all of it
+    assert not np.allclose(x["w"][5], z["w"][5])
+
+
+def test_beta_grows_to_its_maximum():
+    tx = sf_jax.schedule_free_plus(
+        sf_beta1=0.9, sf_beta1_anneal_steps=2, sf_beta1_max=0.99
+    )
+    state, seen = tx.init(PARAMS), []
+    for _ in range(4):
+        _, state = tx.update(PARAMS, state, PARAMS, value=1.0)
+        seen.append(float(state.b1))
+    np.testing.assert_allclose(seen, [0.9, 1 - 0.1 * 0.1**0.5, 0.99, 0.99], rtol=1e-6)
+
+
+def test_plus_on_eight_devices_is_plus_on_one():
+    """The sums of the step size go over all devices; 300 steps would tell."""
+    tx = sf_jax.schedule_free_plus(
+        weight_decay=1.0, sf_beta1_anneal_steps=50, polyak_beta=0.9
+    )
+    rng = np.random.default_rng(1)
+    streams = (
+        jax.tree.map(
+            lambda p: jnp.asarray(0.2 * rng.normal(size=(300, *p.shape)), p.dtype),
+            PARAMS,
+        ),
+        jnp.asarray(0.8 + 0.1 * rng.normal(size=300), jnp.float32),
+    )
+
+    def step(carry, stream):
+        params, state = carry
+        grads, value = stream
+        updates, state = tx.update(grads, state, params, value=value)
+        params = optax.apply_updates(params, updates)
+        return (params, state), (params, sf_jax.eval_params(state, params), state.z)
+
+    run = jax.jit(lambda params: jax.lax.scan(step, (params, tx.init(params)), streams))
+    split = NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec("data"))
+    (_, state), eight = run(jax.device_put(PARAMS, split))
+    assert state.z["w"].addressable_shards[0].data.shape == (2, 8)
+    jax.tree.map(close, run(PARAMS)[1], eight)
+
+
+# Prodigy, and what it needs of the wrapper
+
+
+def test_the_average_weighs_by_what_prodigy_found():
+    """With d doubling at each step, W after k steps is the sum of 4^i."""
+
+    def update(updates, state, params=None):
+        return jax.tree.map(lambda g: -state * g, updates), 2 * state
+
+    doubling = optax.GradientTransformation(lambda params: jnp.float32(1), update)
+    tx = sf_jax.schedule_free(doubling, 1.0, lr_scale=lambda d: d)
+    params, state = jnp.ones(2), tx.init(jnp.ones(2))
+    for expected in (4, 4 + 16, 4 + 16 + 64):
+        _, state = tx.update(params, state, params)
+        assert state.weight_sum == expected
+
+
+def test_the_base_sees_the_sequence_that_decay_at_names():
+    seen = {}
+
+    def base(name):
+        def update(updates, state, params=None):
+            seen[name] = params
+            return jax.tree.map(lambda g: -0.1 * g, updates), state
+
+        return optax.GradientTransformation(lambda params: (), update)
+
+    for name in "xyz":
+        tx = sf_jax.schedule_free(base(name), 0.1, decay_at=name)
+        params, state = jnp.ones(2), tx.init(jnp.ones(2))
+        for step in range(3):
+            before = sf_jax.eval_params(state, params), params, state.z
+            updates, state = tx.update(jnp.full(2, 1.0 + step), state, params)
+            params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(seen[name], before["xyz".index(name)], rtol=1e-6)
+
+
+def test_prodigy_trains_without_a_learning_rate():
+    _, x, _ = train(sf_jax.schedule_free_prodigy(), steps=400)
+    last = jax.tree.map(lambda leaf: leaf[-1], x)
+    start, end = (
+        optax.tree.norm(jax.tree.map(jnp.subtract, params, TARGET))
+        for params in (PARAMS, last)
+    )
+    assert end < 0.2 * start
+
+
+BAD_ARGUMENTS = [
+    (sf_jax.schedule_free_plus, {"b2": 1.0}, r"b2 must lie in \[0, 1\), got 1.0"),
+    (sf_jax.schedule_free_plus, {"sf_beta1": 1.5}, "sf_beta1.*got 1.5"),
+    (sf_jax.schedule_free_plus, {"polyak_beta": 1.0}, "polyak_beta.*got 1.0"),
+    (sf_jax.schedule_free_plus, {"c_warmup": -1}, "c_warmup.*got -1"),
+    (
+        sf_jax.schedule_free_plus,
+        {"sf_beta1_anneal_steps": 9, "sf_beta1_max": 1.0},
+        "sf_beta1_max.*got 1.0",
+    ),
+    (sf_jax.gpa_adamw, {"mu_y": 1.1}, "mu_y.*got 1.1"),
+    (sf_jax.gpa_adamw, {"mu_x": -0.1}, "mu_x.*got -0.1"),
+    (
+        sf_jax.gpa_adamw,
+        {"mu_y": 0.0, "weight_decay": 0.1, "upstream_compatible": True},
+        "mu_y > 0",
+    ),
+    (sf_jax.schedule_free_prodigy, {"b2": 1.0}, "b2.*got 1.0"),
+    (partial(sf_jax.refined_average, -1.0), {"b1": 0.9}, "c must not be negative"),
+    (sf_jax.exponential_average, {"mu_x": 2.0}, "mu_x.*got 2.0"),
+]
+
+
+@pytest.mark.parametrize(("factory", "options", "message"), BAD_ARGUMENTS)
+def test_bad_arguments_are_refused(factory, options, message):
+    with pytest.raises(ValueError, match=message):
+        factory(**options)
+
+
+def test_half_steps_are_refused():
+    with pytest.raises(TypeError, match=r"c_warmup must be an integer, got 2\.5"):
+        sf_jax.schedule_free_plus(c_warmup=2.5)

@@ -1,0 +1,126 @@
+"""The step compiled for the device at hand: what it copies, fuses and writes in place.
+
+XLA for CPUs makes one loop for every array that is written, so the step is not one
+pass there as it is on TPUs (test_tpu_compile.py); what it may cost is counted here.
+On GPUs, `JAX_PLATFORMS=cuda python -m pytest tests/test_jax_one_pass.py`, the limits
+are those of a single pass.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax_steps import OPTIMIZERS, compile_step, passes
+
+import sf_jax
+
+SIZE = 2**20
+LEAVES = 2
+SCALARS = 4096  # bytes that the numbers of a step may take
+
+# Arrays that the loops of a lean float32 step read and write on CPUs, the copy of z
+# included: v' from (v, g), z' from (z, y, g, v'), y' from (y, z', z); no y in z' where
+# nothing decays at it.
+ON_CPU = {
+    "sgd": 10,
+    "adamw": 14,
+    "adamw_decay_at_x": 14,
+    "adamw_momentum": 16,
+    "adamw_paper": 13,
+    "adamw_algoperf": 14,
+    "adamw_b1_schedule": 13,
+    "radam": 14,
+    "wrapped_rmsprop": 13,
+}
+
+on_cpu = pytest.mark.skipif(
+    "jax.default_backend() != 'cpu'", reason="about loops that write one array each"
+)
+
+
+def leaves(dtype=jnp.float32, count=LEAVES, size=SIZE):
+    return [jax.ShapeDtypeStruct((size,), dtype)] * count
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(jnp.float32, False), (jnp.float32, True), (jnp.bfloat16, False)],
+    ids=["lean", "stored", "bfloat16"],
+)
+def dtype_and_x(request):
+    return request.param
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_reads_and_writes_no_more_than_it_must(name, dtype_and_x):
+    dtype, store_x = dtype_and_x
+    factory, options, moments = OPTIMIZERS[name]
+    compiled = compile_step(factory(store_x=store_x, **options), leaves(dtype))
+
+    half = jnp.dtype(dtype).itemsize / 4
+    has_x = store_x or half < 1
+    written = 2 + has_x + moments  # arrays a leaf: the parameter, z, x and the moments
+    copies, fusions = passes(compiled, SIZE)
+    memory = compiled.memory_analysis()
+    # Everything that is written is written in place.
+    in_place = (written - 1 + half) * 4 * SIZE * LEAVES
+    assert memory.alias_size_in_bytes >= in_place
+    if jax.default_backend() == "cpu":
+        # The loop of y' looks at z after that of z' has run. With x it need not.
+        assert copies == (0 if has_x else LEAVES)
+        assert fusions == written * LEAVES
+        assert memory.temp_size_in_bytes <= copies * 4 * SIZE + SCALARS
+        most = None if has_x else ON_CPU[name]
+    else:
+        assert copies == 0
+        assert fusions == LEAVES
+        assert memory.temp_size_in_bytes <= SCALARS
+        most = 2 * (written - 1) + 3 * half
+    if most is not None:
+        accessed = compiled.cost_analysis()["bytes accessed"] / (4 * SIZE * LEAVES)
+        assert accessed <= most + 0.1
+
+
+@on_cpu
+@pytest.mark.parametrize("store_x", [False, True], ids=["lean", "stored"])
+def test_donation_in_another_order_than_returned_copies(store_x):
+    """Why the documents insist on the order: XLA pairs buffers as they come."""
+    tx = sf_jax.schedule_free_adamw(0.01, weight_decay=0.1, store_x=store_x)
+    right = compile_step(tx, leaves())
+    wrong = compile_step(tx, leaves(), returned_first="state")
+    copies = passes(wrong, SIZE)[0] - passes(right, SIZE)[0]
+    assert copies >= LEAVES
+    accessed = [c.cost_analysis()["bytes accessed"] for c in (right, wrong)]
+    assert accessed[1] - accessed[0] >= copies * 2 * 4 * SIZE - SCALARS
+
+
+@on_cpu
+def test_the_count_would_catch_another_pass():
+    """A step that looks at the whole new z before it moves y needs one loop more."""
+    tx = sf_jax.schedule_free_sgd(0.1)
+
+    def update(grads, state, params):
+        updates, state = tx.update(grads, state, params)
+        largest = optax.tree.max(state.z)
+        return jax.tree.map(lambda u: u / largest, updates), state
+
+    looks_twice = optax.GradientTransformation(tx.init, update)
+    accessed = [
+        compile_step(t, leaves()).cost_analysis()["bytes accessed"]
+        for t in (tx, looks_twice)
+    ]
+    assert accessed[1] >= accessed[0] + 4 * SIZE * LEAVES
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_flatten_computes_all_leaves_in_as_many_loops_as_one(name):
+    """optax.flatten: z and the moments are one vector, moved by one loop each."""
+    count, size = 12, 2**13
+    factory, options, moments = OPTIMIZERS[name]
+    tx = factory(**options)
+    compiled = compile_step(optax.flatten(tx), leaves(count=count, size=size))
+    _, fusions = passes(compiled, count * size)
+    assert 1 <= fusions <= 1 + moments
+    # Its price: parameters and gradients as vectors too.
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    assert temporaries <= 2 * 4 * count * size + SCALARS

@@ -1,0 +1,239 @@
+"""What the members of the family promise beyond following other implementations."""
+
+import copy
+from functools import partial
+
+import pytest
+import schedulefree
+import torch
+
+import sf_torch
+
+STEPS = 30
+
+
+def parameters(dtype=torch.float32):
+    torch.manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(5, 3, dtype=dtype)) for _ in range(2)]
+
+
+def train(make, dtype=torch.float32, steps=STEPS, each_step=None):
+    """x and z after each step, on a bowl whose slope is noisy."""
+    params = parameters(dtype)
+    optimizer = make(params)
+    optimizer.train()
+    noise = torch.Generator().manual_seed(1)
+    seen = []
+    for k in range(steps):
+        loss = torch.tensor(5.0)
+        for p in params:
+            p.grad = 2 * p.detach() + 0.3 * torch.randn(5, 3, generator=noise).to(dtype)
+            loss += p.detach().square().sum()
+        if each_step:
+            each_step(optimizer, k)
+        optimizer.step(lambda loss=loss: loss)
+        zs = [optimizer.state[p]["z"] for p in params]
+        seen.append(
+            torch.cat(optimizer.eval_params(torch.float32) + zs).float().clone()
+        )
+    return torch.stack(seen)
+
+
+close = partial(torch.testing.assert_close, rtol=2e-6, atol=2e-6)
+PLAIN = {
+    "SGDScheduleFree": {"lr": 0.1},
+    "AdamWScheduleFree": {"lr": 0.02, "weight_decay": 0.1, "r": 0.5},
+    "RAdamScheduleFree": {"lr": 0.02},
+}
+
+
+# One optimizer, two ways
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_refined_with_c_of_one_over_one_minus_beta_is_plain(name):
+    refined = partial(getattr(sf_torch, f"{name}Refined"), refined_c=1 / (1 - 0.9))
+    close(
+        train(partial(refined, **PLAIN[name])),
+        train(partial(getattr(sf_torch, name), **PLAIN[name])),
+    )
+
+
+def test_refined_wrapper_is_the_refined_optimizer():
+    close(
+        train(
+            lambda p: sf_torch.ScheduleFreeWrapperRefined(
+                torch.optim.SGD(p, lr=0.1), refined_c=40.0
+            )
+        ),
+        train(partial(sf_torch.SGDScheduleFreeRefined, lr=0.1, refined_c=40.0)),
+    )
+
+
+def test_gpa_with_the_coefficients_of_schedule_free_is_schedule_free():
+    def mean(optimizer, k):
+        optimizer.param_groups[0]["mu_x"] = 1 - 1 / (k + 1)
+
+    options = {"lr": 0.02, "weight_decay": 0.1, "decay_at": "z"}
+    gpa = partial(sf_torch.GPAAdamW, mu_y=0.9, betas=(0.9, 0.99), **options)
+    plain = partial(
+        sf_torch.AdamWScheduleFree, betas=(0.9, 0.99), inner_momentum=0.9, **options
+    )
+    close(train(gpa, each_step=mean), train(plain))
+
+
+@pytest.mark.parametrize("decay_at", ["z", "y"])
+def test_gpa_upstream_is_one_whether_x_is_stored_or_not(decay_at):
+    make = partial(sf_torch.GPAAdamW, lr=0.02, weight_decay=0.5, decay_at=decay_at)
+    lean = train(partial(make, upstream_compatible=True))
+    close(lean, train(partial(make, upstream_compatible=True, store_x=True)))
+    assert not torch.allclose(lean, train(make), rtol=1e-3)
+
+
+# ScheduleFree+
+
+
+def step_sizes(**options):
+    """At constant loss and gradient z moves by the step size, in each coordinate."""
+    p = torch.nn.Parameter(torch.zeros(3))
+    optimizer = sf_torch.AdamCScheduleFreePlus([p], sf_beta1=0.0, **options)
+    optimizer.train()
+    z = [0.0]
+    for _ in range(21):
+        p.grad = torch.full((3,), 0.2)
+        optimizer.step_func(function_value=0.7)
+        z.append(float(optimizer.state[p]["z"][0]))
+    moved = torch.diff(torch.tensor(z))
+    return moved / moved[0]
+
+
+def test_upstreams_mean_makes_the_step_size_vanish():
+    sizes = step_sizes(polyak_beta=0.9, upstream_compatible=True)
+    assert f"{sizes[20]:.1e}" == "2.5e-04"
+
+
+@pytest.mark.parametrize("polyak_beta", [0.0, 0.9])
+def test_ours_stays(polyak_beta):
+    torch.testing.assert_close(
+        step_sizes(polyak_beta=polyak_beta), torch.ones(21), rtol=1e-5, atol=0
+    )
+
+
+PLUS = {"weight_decay": 1.0, "polyak_beta": 0.9, "sf_beta1_anneal_steps": 20}
+
+
+def test_plus_stores_as_much_as_adamw_and_paper_stores_all():
+    for name, keys in {
+        "AdamCScheduleFreePlus": {"z", "exp_avg", "exp_avg_sq"},
+        "AdamCScheduleFreePlusPaper": {"x", "y", "z", "exp_avg", "exp_avg_sq"},
+    }.items():
+        (p, _), optimizer = parameters(), None
+        optimizer = getattr(sf_torch, name)([p])
+        optimizer.train()
+        p.grad = torch.ones_like(p)
+        optimizer.step_func(function_value=1.0)
+        assert optimizer.state[p].keys() == keys
+
+
+def test_plus_and_paper_agree():
+    fast = train(partial(sf_torch.AdamCScheduleFreePlus, **PLUS), torch.float64)
+    paper = train(partial(sf_torch.AdamCScheduleFreePlusPaper, **PLUS), torch.float64)
+    torch.testing.assert_close(fast, paper, rtol=1e-11, atol=1e-11)
+
+
+def test_plus_sums_over_all_groups():
+    def grouped(params):
+        return sf_torch.AdamCScheduleFreePlus([{"params": [p]} for p in params], **PLUS)
+
+    close(train(grouped), train(partial(sf_torch.AdamCScheduleFreePlus, **PLUS)))
+
+
+def test_plus_goes_on_from_its_state_dict():
+    make = partial(sf_torch.AdamCScheduleFreePlus, **PLUS)
+
+    def reload(optimizer, k):
+        if k == STEPS // 2:
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer.__init__(optimizer.param_groups[0]["params"], **PLUS)
+            optimizer.load_state_dict(saved)
+
+    torch.testing.assert_close(
+        train(make, each_step=reload), train(make), rtol=0, atol=0
+    )
+
+
+def test_plus_without_the_loss_changes_nothing():
+    (p, _) = parameters()
+    before = p.detach().clone()
+    optimizer = sf_torch.AdamCScheduleFreePlus([p])
+    optimizer.train()
+    p.grad = torch.ones_like(p)
+    with pytest.raises(TypeError, match="function_value=loss"):
+        optimizer.step()
+    assert torch.equal(p, before)
+    assert optimizer.param_groups[0]["k"] == 0
+
+
+def test_plus_without_gradients_moves_nothing():
+    (p, _) = parameters()
+    before = p.detach().clone()
+    optimizer = sf_torch.AdamCScheduleFreePlus([p], weight_decay=1.0)
+    optimizer.train()
+    p.grad = torch.zeros_like(p)
+    optimizer.step_func(function_value=1.0)
+    assert torch.equal(p, before)
+
+
+# What Prodigy needs of the wrapper
+
+
+class Growing(torch.optim.SGD):
+    """Finds a larger d at each step, and puts it on the next: 1, 2, 5, 26."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            d = group.setdefault("d", 1.0)
+            group["lr"], lr = group["lr"] * d, group["lr"]
+            super().step(closure)
+            group["lr"], group["d"] = lr, d**2 + 1
+
+
+def test_the_wrapper_weighs_by_d_as_metas_does():
+    def make(package, decay, params):
+        base = Growing(params, lr=1e-3)
+        wrapper = package.ScheduleFreeWrapper(
+            base, momentum=0.9, weight_decay_at_y=decay
+        )
+        wrapper.train()
+        return wrapper
+
+    for decay in (0.0, 0.1):
+        ours, theirs = parameters(), parameters()
+        a, b = make(sf_torch, decay, ours), make(schedulefree, decay, theirs)
+        for _ in range(4):
+            for p in (*ours, *theirs):
+                p.grad = torch.cos(p.detach())
+            a.step()
+            b.step()
+        for p, q in zip(ours, theirs, strict=True):
+            close(p, q)
+            close(a.state[p]["z"], b.state[q]["z"])
+
+
+BAD_ARGUMENTS = [
+    ("AdamCScheduleFreePlus", {"betas": (1.0, 0.9)}, r"betas\[0\].*got 1.0"),
+    ("AdamCScheduleFreePlus", {"sf_beta1": 1.5}, "sf_beta1.*got 1.5"),
+    ("AdamCScheduleFreePlus", {"sf_beta1_max": 1.0}, "sf_beta1_max.*got 1.0"),
+    ("AdamCScheduleFreePlus", {"polyak_beta": 1.0}, "polyak_beta.*got 1.0"),
+    ("AdamCScheduleFreePlus", {"c_warmup": -1}, "c_warmup.*got -1"),
+    ("GPAAdamW", {"mu_y": 1.1}, "mu_y.*got 1.1"),
+    ("GPAAdamW", {"mu_x": -0.1}, "mu_x.*got -0.1"),
+    ("GPAAdamW", {"decay_at": "x", "upstream_compatible": True}, "got 'x'"),
+    ("SGDScheduleFreeRefined", {"refined_c": -1.0}, "refined_c.*got -1.0"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "message"), BAD_ARGUMENTS)
+def test_bad_arguments_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(sf_torch, name)(parameters(), **options)
