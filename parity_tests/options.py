@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+Schedule = Callable[[Any], Any]  # of the step, a Python int or a JAX count
+
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
@@ -21,9 +23,9 @@ class Linear:
 class Options:
     """Hyperparameters in one neutral spelling; an optimizer reads what it has."""
 
-    lr: float | Linear = 0.0025
+    lr: float | Schedule = 0.0025
     warmup_steps: int = 0
-    b1: float | Linear = 0.9
+    b1: float | Schedule = 0.9
     b2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -41,6 +43,6 @@ class Options:
         )
 
 
-def function(value: float | Linear) -> Callable[[int], float]:
+def function(value: float | Schedule) -> Callable[[int], float]:
     """A number or a schedule as a function of k."""
     return value if callable(value) else lambda k: value
