@@ -27,7 +27,7 @@ def run(
     """``form``: "", "Reference" or "Closure", as in the names of the classes."""
     params = parameters(case, device)
     # Meta's AdamW Reference says on stdout that it switches modes.
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), _one_thread():
         optimizer = build(case, params, package, form, foreach)
         closure_form = form == "Closure"
         if not closure_form:
@@ -38,6 +38,17 @@ def run(
         record = list(walk(case, params, optimizer, range(steps), package))
     trajectory = Trajectory.stacked(record)
     return trajectory.with_rounding() if case.dtype == "bfloat16" else trajectory
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tensors here are far too small to be worth the waiting of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def parameters(case: Case, device: str = "cpu") -> Params:

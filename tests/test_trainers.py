@@ -6,8 +6,14 @@ from torch_cases import same, values
 
 import sf_torch
 
-# They take seconds to import: once.
-pytestmark = pytest.mark.xdist_group("trainers")
+pytestmark = [
+    # They take seconds to import: once.
+    pytest.mark.xdist_group("trainers"),
+    # Lightning uses a test of PyTorch's that PyTorch has deprecated since,
+    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*:FutureWarning"),
+    # and advises more workers for loading sixteen rows.
+    pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
+]
 
 INPUTS = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
 TARGETS = INPUTS.sum(1, keepdim=True)
@@ -112,6 +118,7 @@ def lightning_run(build, folder, epochs, **options):
 
         def predict_step(self, batch, index):
             self.note("predict")
+            return self.net(batch[0])
 
         def on_save_checkpoint(self, checkpoint):
             self.note("save")
@@ -166,6 +173,8 @@ def test_lightning_is_in_the_right_mode_at_every_stage(build, tmp_path):
     assert "save_checkpoint" not in trainer.__dict__
 
 
+# Lightning would rather resume in an empty folder.
+@pytest.mark.filterwarnings("ignore:Checkpoint directory:UserWarning")
 def test_lightning_checkpoints_hold_x_and_resume_at_y(tmp_path):
     build = BUILDS["adamw"]
     trainer, module, loader = lightning_run(build, tmp_path, epochs=2)
@@ -181,7 +190,7 @@ def test_lightning_checkpoints_hold_x_and_resume_at_y(tmp_path):
     assert same(weights["state_dict"].values(), optimizer.eval_params())
 
     (best,) = tmp_path.glob("best-*.ckpt")
-    trainer, resumed, loader = lightning_run(build, tmp_path / "resumed", epochs=4)
+    trainer, resumed, loader = lightning_run(build, tmp_path, epochs=4)
     trainer.fit(resumed, loader, loader, ckpt_path=best)
     x, _ = bare_loop(build, epochs=4)
     assert same(values(resumed), x)
