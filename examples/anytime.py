@@ -85,20 +85,20 @@ def schedule_free(
 
 # name -> (how to build it from trial and horizon, the trials). Equally many for each.
 METHODS: dict[str, tuple[Callable[..., Any], tuple[float, ...]]] = {
-    "Schedule-Free AdamW": (schedule_free, (3e-3, 1e-2, 3e-2, 1e-1)),
+    "Schedule-Free AdamW": (schedule_free, (4e-3, 8e-3, 1.6e-2, 3.2e-2)),
     "ScheduleFree+": (
         lambda lr, horizon: sf_jax.schedule_free_plus(
             lr, b2=0.99, c_warmup=WARMUP_STEPS
         ),
-        (0.25, 0.5, 1.0, 2.0),
+        (0.05, 0.1, 0.2, 0.4),
     ),
     "Refined Schedule-Free": (
         partial(schedule_free, average=sf_jax.refined_average(50.0, b1=0.9)),
-        (3e-3, 1e-2, 3e-2, 1e-1),
+        (4e-3, 8e-3, 1.6e-2, 3.2e-2),
     ),
 }
 COSINE = "AdamW, cosine"
-METHODS[COSINE] = cosine, (1e-3, 3e-3, 1e-2, 3e-2)
+METHODS[COSINE] = cosine, (2e-3, 4e-3, 8e-3, 1.6e-2)
 
 
 # The model: a transformer decoder with learned positions
@@ -368,6 +368,7 @@ def main() -> None:
         "device": str(jax.devices()[0].device_kind),
         "machine": platform.machine(),
         "seconds": seconds,
+        "trials": {method: trials for method, (_, trials) in METHODS.items()},
         "table": rows,
         "runs": [asdict(run) for run in runs],
     }

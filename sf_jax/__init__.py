@@ -12,6 +12,7 @@ from sf_jax._averaging import (
 )
 from sf_jax._eval import eval_params, train_params
 from sf_jax._gpa import gpa_adamw
+from sf_jax._muon import growing_b1, schedule_free_muon
 from sf_jax._plus import schedule_free_plus
 from sf_jax._prodigy import schedule_free_prodigy
 from sf_jax._radam import schedule_free_radam
@@ -25,10 +26,12 @@ __all__ = [
     "eval_params",
     "exponential_average",
     "gpa_adamw",
+    "growing_b1",
     "polynomial_average",
     "refined_average",
     "schedule_free",
     "schedule_free_adamw",
+    "schedule_free_muon",
     "schedule_free_plus",
     "schedule_free_prodigy",
     "schedule_free_radam",

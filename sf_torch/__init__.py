@@ -31,6 +31,7 @@ from sf_torch._sgd import (
     SGDScheduleFreeClosure,
     SGDScheduleFreeReference,
 )
+from sf_torch._together import Together
 from sf_torch._wrapper import ScheduleFreeWrapper, ScheduleFreeWrapperReference
 from sf_torch.batchnorm import update_bn
 from sf_torch.checkpoint import load_checkpoint, save_checkpoint
@@ -60,6 +61,7 @@ __all__ = [
     "ScheduleFreeWrapper",
     "ScheduleFreeWrapperReference",
     "ScheduleFreeWrapperRefined",
+    "Together",
     "check_modes",
     "follow",
     "load_checkpoint",

@@ -247,6 +247,20 @@ def test_prodigy_trains_without_a_learning_rate():
     assert end < 0.2 * start
 
 
+def test_muon_orthogonalises_matrices_and_leaves_the_rest_to_adamw():
+    # With b2 near 1 optax's own bias correction has fewer digits than ours.
+    tx = sf_jax.schedule_free_muon(0.1, b2=0.9, weight_decay=0.5)
+    _, x, z = train(tx, steps=5)
+    adamw = sf_jax.schedule_free_adamw(0.1, b2=0.9, weight_decay=0.5, decay_at="z")
+    _, x_adamw, z_adamw = train(adamw, steps=5)
+    close(x["b"], x_adamw["b"])
+    close(z["b"], z_adamw["b"])
+    before, after = z["w"][3], z["w"][4]
+    moved = (after - (1 - 0.1 * 0.5) * before) / 0.1
+    # Five Newton-Schulz iterations bring the singular values to about 1.
+    assert np.all(np.abs(np.linalg.svd(moved, compute_uv=False) - 1) < 0.5)
+
+
 BAD_ARGUMENTS = [
     (sf_jax.schedule_free_plus, {"b2": 1.0}, r"b2 must lie in \[0, 1\), got 1.0"),
     (sf_jax.schedule_free_plus, {"sf_beta1": 1.5}, "sf_beta1.*got 1.5"),
@@ -265,6 +279,8 @@ BAD_ARGUMENTS = [
         "mu_y > 0",
     ),
     (sf_jax.schedule_free_prodigy, {"b2": 1.0}, "b2.*got 1.0"),
+    (sf_jax.schedule_free_muon, {"momentum": 1.0}, "momentum.*got 1.0"),
+    (sf_jax.growing_b1, {"steps": 1}, "steps must be at least 2, got 1"),
     (partial(sf_jax.refined_average, -1.0), {"b1": 0.9}, "c must not be negative"),
     (sf_jax.exponential_average, {"mu_x": 2.0}, "mu_x.*got 2.0"),
 ]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import sf_jax
+import sf_torch
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -63,3 +64,24 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), target
+
+
+BULLET = re.compile(r"^- (JAX|PyTorch): (.*?)(?=^- |^$)", re.M | re.S)
+OPTIMIZER = re.compile(
+    r"`(\w*(?:schedule_free|_average|gpa_|growing_)\w*|\w*(?:ScheduleFree|GPA)\w*)`"
+)
+
+
+def test_docs_name_what_there_is():
+    """Of each member the files and the optimizers, in both packages."""
+    text = (ROOT / "docs" / "algorithm.md").read_text()
+    packages = {"JAX": sf_jax, "PyTorch": sf_torch}
+    seen = set()
+    for framework, bullet in BULLET.findall(text):
+        package = packages[framework]
+        for name in re.findall(r"`(_\w+\.py)`", bullet):
+            assert (ROOT / package.__name__ / name).exists(), name
+        for name in OPTIMIZER.findall(bullet):
+            assert hasattr(package, name), name
+            seen.add(name)
+    assert {"schedule_free_plus", "AdamCScheduleFreePlus", "GPAAdamW"} <= seen

@@ -33,9 +33,7 @@ def train(make, dtype=torch.float32, steps=STEPS, each_step=None):
             each_step(optimizer, k)
         optimizer.step(lambda loss=loss: loss)
         zs = [optimizer.state[p]["z"] for p in params]
-        seen.append(
-            torch.cat(optimizer.eval_params(torch.float32) + zs).float().clone()
-        )
+        seen.append(torch.cat(optimizer.eval_params(zs[0].dtype) + zs).clone())
     return torch.stack(seen)
 
 
@@ -218,6 +216,45 @@ def test_the_wrapper_weighs_by_d_as_metas_does():
         for p, q in zip(ours, theirs, strict=True):
             close(p, q)
             close(a.state[p]["z"], b.state[q]["z"])
+
+
+# Muon and AdamW in one
+
+
+def muon_and_adamw(params):
+    matrix, rest = params
+    return (
+        torch.optim.Muon([matrix], lr=0.02),
+        torch.optim.AdamW([rest], lr=0.01, betas=(0.0, 0.99)),
+    )
+
+
+def test_together_is_each_by_itself_and_goes_on_from_its_state_dict():
+    ours, apart = parameters(), parameters()
+    joint = sf_torch.ScheduleFreeWrapper(sf_torch.Together(*muon_and_adamw(ours)))
+    two = [sf_torch.ScheduleFreeWrapper(base) for base in muon_and_adamw(apart)]
+    for optimizer in (joint, *two):
+        optimizer.train()
+    for k in range(8):
+        if k == 4:
+            saved = copy.deepcopy(joint.state_dict())
+            base = sf_torch.Together(*muon_and_adamw(ours))
+            joint = sf_torch.ScheduleFreeWrapper(base)
+            joint.load_state_dict(saved)
+        for p, q in zip(ours, apart, strict=True):
+            p.grad = torch.cos(p.detach() + k)
+            q.grad = p.grad.clone()
+        for optimizer in (joint, *two):
+            optimizer.step()
+    xs = [x for optimizer in two for x in optimizer.eval_params()]
+    torch.testing.assert_close(joint.eval_params(), xs, rtol=0, atol=0)
+    torch.testing.assert_close(ours, apart, rtol=0, atol=0)
+
+
+def test_together_takes_no_group_of_unknown_owner():
+    base = sf_torch.Together(*muon_and_adamw(parameters()))
+    with pytest.raises(ValueError, match="could belong to any"):
+        base.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
 
 
 BAD_ARGUMENTS = [

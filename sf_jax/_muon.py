@@ -1,0 +1,181 @@
+r"""Muon with Schedule-Free averaging; parameters that are not matrices under AdamW.
+
+.. math::
+
+    z' = z - lr_k (O(m) + \lambda p)
+
+with O(m) the momentum m of the gradients at y, orthogonalised, as
+``optax.contrib.muon`` does it. Everything else about the two is the rule's.
+
+References:
+  Jordan et al., *Muon: An optimizer for hidden layers in neural networks*,
+    https://kellerjordan.github.io/posts/muon
+  Kim et al., *AMUSE: Anytime Muon with Stable Gradient Evaluation*,
+    https://arxiv.org/abs/2605.22432 (the growing β)
+  Apte et al., *Anytime Training with Schedule-Free Spectral Optimization*,
+    https://arxiv.org/abs/2605.23061 (decay at z)
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sf_jax import _averaging, _checks
+from sf_jax._double import scalar_dtype
+from sf_jax._schedule_free import schedule_free
+
+
+def growing_b1(
+    b1: float = 0.9, steps: int = 1000, rho: float = 0.5
+) -> Callable[[jax.Array], jax.Array]:
+    r"""A β that grows towards 1: gradients near z at first, near x later on.
+
+    .. math::
+
+        1 - \beta_t = (1 - \beta_1) \left( \frac{T_0 - 1}{t - 1} \right)^\rho
+        \quad\text{after } T_0 \text{ steps}
+
+    with t = 1 at the first gradient. For the ``b1`` of any optimizer here.
+
+    Args:
+      b1: β for the first ``steps`` steps, in [0, 1].
+      steps: T_0, at least 2.
+      rho: how fast β grows; 0 for a constant.
+
+    Returns:
+      A schedule of the count.
+
+    Raises:
+      ValueError: an argument out of its range.
+
+    Examples:
+      >>> import sf_jax
+      >>> b1 = sf_jax.growing_b1(0.9, steps=101, rho=1.0)
+      >>> [round(float(b1(count)), 3) for count in (0, 99, 199, 999)]
+      [0.9, 0.9, 0.95, 0.99]
+
+    References:
+      Kim et al., *AMUSE: Anytime Muon with Stable Gradient Evaluation*,
+        https://arxiv.org/abs/2605.22432
+    """
+    _checks.interpolation("b1", b1)
+    _checks.non_negative("rho", rho, "the power with which β grows; 0 for a constant")
+    if _checks.is_number(steps) and steps < 2:
+        raise ValueError(
+            f"steps must be at least 2, got {steps}. β begins to grow after them."
+        )
+
+    def beta(count: jax.Array) -> jax.Array:
+        # The y that step k forms is where gradient t = k + 2 is taken.
+        ratio = (steps - 1) / jnp.asarray(count + 1, scalar_dtype())
+        return 1 - _averaging.complement(b1) * jnp.minimum(ratio, 1) ** rho
+
+    return beta
+
+
+def schedule_free_muon(
+    learning_rate: optax.ScalarOrSchedule = 0.02,
+    warmup_steps: int | None = None,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    weight_lr_power: float = 2.0,
+    state_dtype: jax.typing.DTypeLike | None = None,
+    *,
+    r: float = 0.0,
+    momentum: float = 0.95,
+    decay_at: str = "z",
+    average: _averaging.Average | None = None,
+    store_x: bool = False,
+    **muon_options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Schedule-Free Muon, over ``optax.contrib.muon``.
+
+    .. math::
+
+        z' &= z - lr_k (O(m) + \lambda p) \\
+        x' &= (1 - c_k) x + c_k z' \\
+        y' &= (1 - \beta) z' + \beta x'
+
+    Args:
+      learning_rate: step size of matrices and, unless ``adam_learning_rate`` is given,
+        of the rest; a float, an array or a schedule of the count.
+      warmup_steps: steps of linear warmup; None or 0 for none.
+      b1: β, the weight of x in y, in [0, 1]; a float, an array or a schedule such as
+        :func:`growing_b1`.
+      b2: decay rate of the second moment of what is not a matrix, in [0, 1).
+      eps: added to the root of it.
+      weight_decay: λ, decoupled and times the learning rate, for all leaves.
+      weight_lr_power: steps are weighed by the largest learning rate so far to this
+        power.
+      state_dtype: dtype of z, x and the moments. By default that of each parameter,
+        float32 for those narrower than it.
+      r: steps are also weighed by ``(k + 1) ** r``.
+      momentum: Muon's own, in [0, 1).
+      decay_at: "z", "y" or "x": what the decay pulls towards zero by. At y it has been
+        found to let z drift in long runs.
+      average: another averaging weight in place of that of ``r`` and
+        ``weight_lr_power``.
+      store_x: keep x in the state, so that ``eval_params`` needs no params.
+      **muon_options: for ``optax.contrib.muon``: ``consistent_rms=0.2`` for steps of
+        AdamW's size, ``muon_weight_dimension_numbers`` for which leaves are matrices.
+
+    Returns:
+      An optax transformation whose state is a ``ScheduleFreeState``.
+
+    Raises:
+      ValueError: an argument out of its range.
+      TypeError: ``warmup_steps`` that is not an integer.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, sf_jax
+      >>> tx = sf_jax.schedule_free_muon(0.1)
+      >>> params = {"kernel": jnp.eye(3), "bias": jnp.ones(3)}  # y
+      >>> state = tx.init(params)
+      >>> for _ in range(100):
+      ...     updates, state = tx.update(params, state, params)  # of |y|^2 / 2
+      ...     params = optax.apply_updates(params, updates)
+      >>> bool(optax.tree.norm(sf_jax.eval_params(state, params)) < 0.5)
+      True
+
+    References:
+      Kim et al., *AMUSE*, https://arxiv.org/abs/2605.22432
+      Apte et al., *Anytime Training with Schedule-Free Spectral Optimization*,
+        https://arxiv.org/abs/2605.23061
+    """
+    _checks.learning_rate(learning_rate)
+    _checks.warmup_steps(warmup_steps)
+    for name, value in {"b2": b2, "momentum": momentum}.items():
+        _checks.decay_rate(name, value)
+    _checks.eps(eps)
+    _checks.weight_decay(weight_decay)
+    step_size = _averaging.scheduled(learning_rate, warmup_steps)
+
+    def lr(count: jax.Array) -> jax.Array:
+        return step_size(count).hi
+
+    muon = optax.contrib.muon(
+        lr,
+        beta=momentum,
+        eps=eps,
+        weight_decay=weight_decay,
+        adam_b1=0.0,  # β takes its place
+        adam_b2=b2,
+        adam_weight_decay=weight_decay,
+        **muon_options,
+    )
+    return schedule_free(
+        muon,
+        lr,
+        b1,
+        weight_lr_power,
+        state_dtype,
+        r=r,
+        average=average,
+        decay_at=decay_at,
+        store_x=store_x,
+    )
