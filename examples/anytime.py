@@ -94,7 +94,7 @@ METHODS: dict[str, tuple[Callable[..., Any], tuple[float, ...]]] = {
     ),
     "Refined Schedule-Free": (
         partial(schedule_free, average=sf_jax.refined_average(50.0, b1=0.9)),
-        (4e-3, 8e-3, 1.6e-2, 3.2e-2),
+        (2e-3, 4e-3, 8e-3, 1.6e-2),
     ),
 }
 COSINE = "AdamW, cosine"
