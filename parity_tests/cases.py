@@ -126,8 +126,6 @@ def _cases() -> Iterator[Case]:
     yield case("adamw/b1_schedule_missing", turning, missing=late)
     yield case("adamw/b1_schedule_bfloat16", turning, dtype="bfloat16")
     yield case("adamw/b1_schedule_float64", turning, dtype="float64")
-    yield case("adamw/inner_momentum_float64", {"inner_momentum": 0.9}, dtype="float64")
-    yield case("adamw_algoperf/float64", several, dtype="float64")
     yield case("wrapper/float64", {**momentum, **decay}, dtype="float64")
 
     golden: dict[str, Any] = {"tree": RECORDED_TREE, "dtype": "float64"}

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +28,8 @@ def run(
     """``form``: "", "Reference" or "Closure", as in the names of the classes."""
     params = parameters(case, device)
     # Meta's AdamW Reference says on stdout that it switches modes.
-    with contextlib.redirect_stdout(io.StringIO()), _one_thread():
+    out = io.StringIO() if package == "meta" else sys.stdout
+    with contextlib.redirect_stdout(out), _one_thread():
         optimizer = build(case, params, package, form, foreach)
         closure_form = form == "Closure"
         if not closure_form:

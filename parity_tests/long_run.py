@@ -150,7 +150,8 @@ def x_of(package: str, name: str, run: Run, every: int) -> np.ndarray:
         group = {"params": [p], **row.arguments(options)}
         return make([group], options, "", False)
 
-    return in_torch(build, *map(torch.from_numpy, run[:2]), every)
+    tensors = torch.from_numpy(run.start), torch.from_numpy(run.grads)
+    return in_torch(build, *tensors, every)
 
 
 def distances(
@@ -193,9 +194,11 @@ def plot(found: Mapping[str, Mapping[str, np.ndarray]], every: int, path: Path) 
             steps = every * np.arange(1, len(curve) + 1)
             ax.plot(steps, curve, label=NAMES[package])
         ax.set(title=name, xlabel="step", yscale="log")
+        ax.locator_params(axis="x", nbins=5)
         ax.grid(alpha=0.3)
     np.atleast_1d(axes)[0].set_ylabel("distance of x from float64\n(float32 ulps)")
-    np.atleast_1d(axes)[0].legend(frameon=False)
+    handles, labels = np.atleast_1d(axes)[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)

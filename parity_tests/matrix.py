@@ -7,21 +7,23 @@ or a case that a package cannot run, is listed as skipped.
 import argparse
 import dataclasses
 import fnmatch
+import itertools
 import pathlib
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
-from rich.text import Text
 
 from parity_tests import report
 from parity_tests.case import STEPS, Case
 from parity_tests.cases import CASES
-from parity_tests.harness import VOICES, Outcome, check, comparisons, unsupported
+from parity_tests.harness import VOICES, Outcome, Pair, check, comparisons, unsupported
+from parity_tests.harness import run as run_voice
+from parity_tests.table import WIDTH, table
 
 # What --device means: where JAX runs, and where PyTorch does (None: nowhere).
 DEVICES: dict[str, dict[str, str | None]] = {
@@ -68,7 +70,7 @@ def _steps(text: str) -> int:
 def run(arguments: argparse.Namespace) -> int:
     console = Console()
     if not console.is_terminal:
-        console = Console(width=160)  # wide enough for the table, in a file or a pipe
+        console = Console(width=WIDTH)
     cases = [c for c in CASES if fnmatch.fnmatch(c.name, arguments.case)]
     if not cases:
         console.print(f"No case is called {arguments.case}. There are:")
@@ -141,12 +143,34 @@ def outcomes_of(
         for name, row in VOICES.items()
         if row.framework == "numpy" or row.framework in places
     ]
-    for case in track(cases, "cases", console=console, transient=True):
-        for voice, against in comparisons(case, voices):
-            where = {
-                v: places.get(VOICES[v].framework, "cpu") for v in (voice, against)
-            }
-            yield check(case, voice, against, steps, where[voice], where[against])
+
+    def place(voice: str) -> str:
+        return places.get(VOICES[voice].framework, "cpu")
+
+    pairs = {case: comparisons(case, voices) for case in cases}
+    # JAX compiles in a thread of its own while PyTorch takes its steps in this one.
+    with ThreadPoolExecutor(1) as pool:
+        ahead = {
+            case: [
+                pool.submit(run_voice, case, voice, steps, place(voice))
+                for voice in dict.fromkeys(itertools.chain(*pairs[case]))
+                if VOICES[voice].framework == "jax"
+            ]
+            for case in cases
+        }
+        for case in track(cases, "cases", console=console, transient=True):
+            there = [pair for pair in pairs[case] if not _in_jax(pair)]
+            for pair in there:
+                yield check(case, *pair, steps, *map(place, pair))
+            for future in ahead[case]:
+                future.result()
+            for pair in pairs[case]:
+                if _in_jax(pair):
+                    yield check(case, *pair, steps, *map(place, pair))
+
+
+def _in_jax(pair: Pair) -> bool:
+    return any(VOICES[voice].framework == "jax" for voice in pair)
 
 
 def skips(cases: list[Case]) -> list[Skip]:
@@ -162,18 +186,6 @@ def skips(cases: list[Case]) -> list[Skip]:
     return list(found.values())
 
 
-# What a column of the table sums up: (package, against).
-COLUMNS = (
-    ("sf_jax", "reference"),
-    ("sf_torch", "reference"),
-    ("meta", "reference"),
-    ("optax", "reference"),
-    ("sf_jax", "meta"),
-    ("sf_torch", "meta"),
-    ("sf_jax", "torch"),
-)
-
-
 def _summary_of(skipped: list[Skip]) -> str:
     reasons: dict[str, int] = {}
     for skip in skipped:
@@ -181,47 +193,3 @@ def _summary_of(skipped: list[Skip]) -> str:
         reasons[text] = reasons.get(text, 0) + 1
     listed = "; ".join(f"{text} ({n})" for text, n in sorted(reasons.items()))
     return f"Skipped, with the number of cases: {listed or 'nothing'}."
-
-
-def worst(outcomes: Iterable[Outcome], package: str, against: str) -> Outcome | None:
-    """The outcome furthest off, of one package's voices against one yardstick."""
-    fitting = [
-        o
-        for o in outcomes
-        if VOICES[o.voice].package == package and o.against == against
-    ]
-    return max(fitting, key=lambda o: (not o.ok, o.distance), default=None)
-
-
-def _cell(o: Outcome) -> Text:
-    style = "bold red" if not o.ok else "yellow" if o.limit.differs else ""
-    return Text(str(o.distance), style=style)
-
-
-def table(outcomes: list[Outcome], every_pair: bool = False) -> Table:
-    """A row per case, or per pair of voices."""
-    if every_pair:
-        rows = Table("case", "voice", "against", "ulps", "where", "limit")
-        for o in outcomes:
-            d = o.distance
-            rows.add_row(
-                o.case,
-                o.voice,
-                o.against,
-                Text(f"{d.ulps:.2f}", style="" if o.ok else "bold red"),
-                f"{d.sequence}.{d.leaf}@{d.step}" if d.leaf else "",
-                f"{'>' if o.limit.differs else ''}{o.limit.ulps:.4g}",
-            )
-        return rows
-    title = "ulps, and where: sequence.leaf@step of the worst voice"
-    rows = Table("case", *(f"{a} - {b}" for a, b in COLUMNS), title=title)
-    by_case: dict[str, list[Outcome]] = {}
-    for o in outcomes:
-        by_case.setdefault(o.case, []).append(o)
-    for name, of_case in by_case.items():
-        cells = []
-        for column in COLUMNS:
-            furthest = worst(of_case, *column)
-            cells.append(_cell(furthest) if furthest else Text("–"))
-        rows.add_row(name, *cells)
-    return rows

@@ -4,10 +4,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+Schedule = Callable[[Any], Any]
+"""A function of k, which is a Python int or a JAX count."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """A schedule from ``start`` to ``end``, for Python ints and JAX counts alike."""
+    """A :data:`Schedule` from ``start`` to ``end``."""
 
     start: float
     end: float
@@ -21,9 +24,9 @@ class Linear:
 class Options:
     """Hyperparameters in one neutral spelling; an optimizer reads what it has."""
 
-    lr: float | Linear = 0.0025
+    lr: float | Schedule = 0.0025
     warmup_steps: int = 0
-    b1: float | Linear = 0.9
+    b1: float | Schedule = 0.9
     b2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -41,6 +44,6 @@ class Options:
         )
 
 
-def function(value: float | Linear) -> Callable[[int], float]:
+def function(value: float | Schedule) -> Callable[[int], float]:
     """A number or a schedule as a function of k."""
     return value if callable(value) else lambda k: value

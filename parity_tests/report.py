@@ -55,6 +55,10 @@ def write(
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     known = [o for o in outcomes if o.limit.differs]
+    figures = (
+        ("The worst distance of each case, as a share of its limit", _shares),
+        ("Distance from the reference, step by step", _curves),
+    )
     page = (
         _environment()
         .from_string(_PAGE)
@@ -65,10 +69,7 @@ def write(
             worst=worst_by_package(outcomes),
             outcomes=outcomes,
             skipped=skipped,
-            figures=[
-                ("The worst distance of each case, as a share of its limit", _shares),
-                ("Distance from the reference, step by step", _curves),
-            ],
+            figures=figures if outcomes else (),
             draw=lambda plot: _svg(plot, cases, outcomes, steps),
         )
     )

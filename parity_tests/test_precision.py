@@ -1,6 +1,7 @@
 """How close to the truth: float32 against float64, half precision, x64, changing β."""
 
 import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -142,7 +143,7 @@ def farthest(ours, truth):
     )
 
 
-FACTORIES = {
+FACTORIES: dict[str, tuple[Any, float]] = {
     "sgd": (sf_jax.schedule_free_sgd, 0.1),
     "adamw": (sf_jax.schedule_free_adamw, 0.01),
     "radam": (sf_jax.schedule_free_radam, 0.01),

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 import sf_jax
 from parity_tests import reference
-from parity_tests.optimizers import OPTIMIZERS, Options
+from parity_tests.optimizers import OPTIMIZERS
+from parity_tests.options import Options
 
 Tree = dict[str, np.ndarray]
 
@@ -174,6 +175,7 @@ def in_torch(example: Example, start: Tree, grads: list[Tree], leaves: Any) -> W
     row, options = OPTIMIZERS[example.name], options_of(example)
     arguments = row.arguments(options.at(0))
     group = {"params": list(params.values()), "store_x": example.store_x, **arguments}
+    assert row.torch is not None
     optimizer = row.torch([group], options.at(0), "", False)
     optimizer.train()
     steps = []
@@ -229,11 +231,11 @@ def options_of(example: Example) -> Options:
 def rounding(dtype: str, start: np.ndarray, y: np.ndarray) -> np.ndarray:
     """How far a narrow parameter may be from y, by element.
 
-    Where a step is larger than y', the update has fewer digits after the point than y'.
+    y' is rounded, its way from p (up to twice as long as either), and then their sum.
     """
     largest = np.maximum(np.abs(y).max(axis=0), np.abs(start))
     least = 2.0**-24 if dtype == "float16" else 0.0  # the spacing of its subnormals
-    return 2 * HALF_ULP[dtype] * largest + least
+    return 4 * HALF_ULP[dtype] * largest + least
 
 
 def assert_close(a: Walk, b: Walk, leaves: Any, ulps: float, start: Any = None) -> None:

@@ -24,7 +24,7 @@ _RANDOM_WALK = "z and y are each rounded once a step; over 300 steps it adds up"
 _SAME_ON_ACCELERATORS = (
     f"{_RANDOM_WALK}. Quotients and roots good to a few ulps of a step change nothing"
 )
-_DOUBLE = "1e-12: powers and sums taken in another order"
+_DOUBLE = f"{_RANDOM_WALK}, and powers are taken in another order"
 
 # Against the float64 reference, by dtype and device.
 REFERENCE: dict[tuple[str, str], Limit] = {
@@ -34,16 +34,19 @@ REFERENCE: dict[tuple[str, str], Limit] = {
     ("bfloat16", "cpu"): Limit(12, f"{_RANDOM_WALK}: the state is float32"),
     ("bfloat16", "gpu"): Limit(12, f"{_RANDOM_WALK}: the state is float32"),
     ("bfloat16", "tpu"): Limit(12, f"{_RANDOM_WALK}: the state is float32"),
-    ("float64", "cpu"): Limit(1e-12 * 2**52, _DOUBLE),
-    ("float64", "gpu"): Limit(1e-12 * 2**52, _DOUBLE),
+    ("float64", "cpu"): Limit(64, _DOUBLE),
+    ("float64", "gpu"): Limit(64, _DOUBLE),
 }
 
 # Against Meta's package, and of our two against each other.
 EACH_OTHER: dict[str, Limit] = {
     "float32": Limit(2e-6 * 2**23, "2e-6: the promise"),
     "bfloat16": Limit(2e-6 * 2**23, "2e-6: the promise, of the float32 state"),
-    "float64": Limit(2e-12 * 2**52, "each is within 1e-12 of the reference"),
+    "float64": Limit(128, "each is within 64 of the reference"),
 }
+
+# Meta's against the reference: that both read the formulas alike, not how it rounds.
+META: dict[str, Limit] = EACH_OTHER
 
 # optax.contrib against the reference.
 OPTAX = Limit(64, "it loses more digits: x is had by dividing a difference by b1")
@@ -75,6 +78,8 @@ def limit(
     """
     if package == "optax":
         return OPTAX_WARMUP if warmup else OPTAX
+    if package == "meta":
+        return META[dtype]
     if against == "golden":
         return GOLDEN
     if against != "reference":

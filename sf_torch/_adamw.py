@@ -38,7 +38,7 @@ class AdamWScheduleFree(ScheduleFree):
       warmup_steps: steps of linear warmup.
       r: steps are weighed by ``(k + 1) ** r``.
       weight_lr_power: and by the largest learning rate so far to this power.
-      foreach: all parameters in a few large kernels; None for CUDA only.
+      foreach: False for one parameter at a time, else as many as pay.
       inner_momentum: decay rate of a first moment in the numerator, in [0, 1); 0 for
         the plain gradient, which keeps no first moment.
       decay_at: "y", "z" or "x": what the decay pulls towards zero by.

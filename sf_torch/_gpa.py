@@ -44,7 +44,7 @@ class GPAAdamW(AdamWScheduleFree):
       eps: added to the root of v.
       weight_decay: λ, decoupled and times the learning rate.
       warmup_steps: steps of linear warmup.
-      foreach: all parameters in a few large kernels; None for CUDA only.
+      foreach: False for one parameter at a time, else as many as pay.
       fused: one kernel for the whole step (CUDA, with Triton); None where it works.
       decay_at: "z", "y" or "x": what the decay pulls towards zero by.
       store_x: keep x in the state.

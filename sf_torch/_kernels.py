@@ -32,6 +32,10 @@ Number = float | Tensor
 be a new program."""
 
 
+FOR_ALL_THREADS = 2**15
+"""Elements of a tensor for which PyTorch's operations use more than one thread."""
+
+
 class Scalars(NamedTuple):
     """The numbers of one step of a parameter group."""
 
@@ -145,12 +149,14 @@ def move_z(leaves: "Leaves", step: BaseStep) -> None:
 
 
 def _has_fused_adam(leaves: "Leaves") -> bool:
-    """Whether PyTorch's own one-pass Adam for CPUs takes these tensors."""
+    """Whether PyTorch's own one-pass Adam for CPUs is the better way for these."""
     g, z = leaves.grads[0], leaves.zs[0]
     return (
         leaves.dense  # the kernel does not look at strides
         and z.device.type == "cpu"
         and g.dtype == z.dtype == torch.float32
+        # It wakes all threads for every tensor, which takes longer than a small one.
+        and sum(z.numel() for z in leaves.zs) >= FOR_ALL_THREADS * len(leaves.zs)
         and not torch.compiler.is_compiling()
     )
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from sf_torch import _kernels
 from sf_torch._kernels import Scalars, Tensors
 
-BLOCK = 2**17
-"""Elements of a block: half a megabyte of float32 an array."""
+BLOCK = 2**18
+"""Elements of a block: a megabyte of float32 an array."""
 
 
 @dataclass

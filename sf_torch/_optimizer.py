@@ -115,7 +115,8 @@ class ScheduleFree(torch.optim.Optimizer):
             # Made anew from x and z, y would be a rounding off, and another one at the
             # next switch.
             state["y"] = p.detach().clone()
-        p.copy_(x)
+        if x is not p:
+            p.copy_(x)
 
     def _to_y(self, p: Tensor, group: Group) -> None:
         p.copy_(self._y(p, group))
@@ -166,13 +167,16 @@ class ScheduleFree(torch.optim.Optimizer):
             return p
         if "y" in state and "x" in state:
             return state["y"]
-        x = state.get("x", p)
-        y = _kernels.interpolate_y(*wide(x, state["z"]), group["b1"])[0]
+        is_same: Tensor | None = None
         if "y" in state:
             # The y that was left, but where the parameter is no longer its x.
             left = _kernels.recover_x(*wide(state["y"], state["z"]), group["b1"])[0]
-            y = torch.where(left.to(p.dtype) == p, state["y"].to(y.dtype), y)
-        return y
+            is_same = left.to(p.dtype) == p
+            if is_same.all():
+                return state["y"]
+        x = state.get("x", p)
+        y = _kernels.interpolate_y(*wide(x, state["z"]), group["b1"])[0]
+        return y if is_same is None else torch.where(is_same, state["y"].to(y.dtype), y)
 
     # State
 
@@ -344,9 +348,7 @@ class ScheduleFree(torch.optim.Optimizer):
         if fused:
             base = self._base_step(group, scalars.lr)
             _fused.step(fused, base, scalars, self.__dict__.setdefault("_kept", {}))
-        together = group.get("foreach")
-        if together is None:
-            together = any(leaf.param.device.type != "cpu" for leaf in others)
+        together = group.get("foreach") is not False
         for batch in gather(others, group["b1"], together):
             batch.advance(
                 lambda leaves: self._move_z(group, leaves, scalars.lr), scalars

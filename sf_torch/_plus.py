@@ -61,7 +61,7 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
       sf_beta1_anneal_steps: steps in which β goes to ``sf_beta1_max``; 0 for constant.
       sf_beta1_max: β after those steps, in [0, 1).
       weight_lr_power: and by the largest step size so far to this power.
-      foreach: all parameters in a few large kernels; None for CUDA only.
+      foreach: False for one parameter at a time, else as many as pay.
       fused: one kernel for the whole step (CUDA, with Triton); None where it works.
       store_x: keep x in the state.
       state_dtype: dtype of the state. By default that of each parameter, float32 for

@@ -34,7 +34,7 @@ class RAdamScheduleFree(ScheduleFree):
       weight_decay: λ, decoupled and times the learning rate, at y.
       r: steps are weighed by ``(k + 1) ** r``.
       weight_lr_power: and by the largest learning rate so far to this power.
-      foreach: all parameters in a few large kernels; None for CUDA only.
+      foreach: False for one parameter at a time, else as many as pay.
       silent_sgd_phase: whether the first steps move nothing.
       store_x: keep x in the state.
       state_dtype: dtype of the state. By default that of each parameter, float32 for

@@ -30,7 +30,7 @@ class SGDScheduleFree(ScheduleFree):
       warmup_steps: steps of linear warmup.
       r: steps are weighed by ``(k + 1) ** r``.
       weight_lr_power: and by the largest learning rate so far to this power.
-      foreach: all parameters in a few large kernels; None for CUDA only.
+      foreach: False for one parameter at a time, else as many as pay.
       decay_at: "y", "z" or "x": what the decay pulls towards zero by.
       store_x: keep x in the state.
       state_dtype: dtype of the state. By default that of each parameter, float32 for

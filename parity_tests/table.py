@@ -1,0 +1,68 @@
+"""The matrix as a table: a row per case, or per pair of voices."""
+
+from collections.abc import Collection, Iterable
+
+from rich.table import Column, Table
+from rich.text import Text
+
+from parity_tests.harness import VOICES, Outcome
+
+# What a column of the table sums up: (package, what it is compared with). What Meta's
+# package lacks was recorded from elsewhere, for some optimizers.
+COLUMNS = (
+    ("sf_jax", ("reference",)),
+    ("sf_torch", ("reference",)),
+    ("meta", ("reference",)),
+    ("optax", ("reference",)),
+    ("sf_jax", ("meta", "golden")),
+    ("sf_torch", ("meta", "golden")),
+    ("sf_jax", ("torch",)),
+)
+WIDTH = 190  # of the whole table
+
+
+def worst(
+    outcomes: Iterable[Outcome], package: str, against: Collection[str]
+) -> Outcome | None:
+    """The outcome furthest off, of one package's voices against such yardsticks."""
+    fitting = [
+        o
+        for o in outcomes
+        if VOICES[o.voice].package == package and o.against in against
+    ]
+    return max(fitting, key=lambda o: (not o.ok, o.distance), default=None)
+
+
+def _cell(o: Outcome) -> Text:
+    style = "bold red" if not o.ok else "yellow" if o.limit.differs else ""
+    return Text(str(o.distance), style=style)
+
+
+def table(outcomes: list[Outcome], every_pair: bool = False) -> Table:
+    """A row per case, or per pair of voices."""
+    if every_pair:
+        rows = Table("case", "voice", "against", "ulps", "where", "limit")
+        for o in outcomes:
+            d = o.distance
+            rows.add_row(
+                o.case,
+                o.voice,
+                o.against,
+                Text(f"{d.ulps:.2f}", style="" if o.ok else "bold red"),
+                f"{d.sequence}.{d.leaf}@{d.step}" if d.leaf else "",
+                f"{'>' if o.limit.differs else ''}{o.limit.ulps:.4g}",
+            )
+        return rows
+    title = "ulps, and where: sequence.leaf@step of the worst voice"
+    names = (f"{a} - {' or '.join(b)}" for a, b in COLUMNS)
+    rows = Table(Column("case", no_wrap=True), *names, title=title)
+    by_case: dict[str, list[Outcome]] = {}
+    for o in outcomes:
+        by_case.setdefault(o.case, []).append(o)
+    for name, of_case in by_case.items():
+        cells = []
+        for column in COLUMNS:
+            furthest = worst(of_case, *column)
+            cells.append(_cell(furthest) if furthest else Text("–"))
+        rows.add_row(name, *cells)
+    return rows
