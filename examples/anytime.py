@@ -90,11 +90,11 @@ METHODS: dict[str, tuple[Callable[..., Any], tuple[float, ...]]] = {
         lambda lr, horizon: sf_jax.schedule_free_plus(
             lr, b2=0.99, c_warmup=WARMUP_STEPS
         ),
-        (0.05, 0.1, 0.2, 0.4),
+        (0.025, 0.05, 0.1, 0.2),
     ),
     "Refined Schedule-Free": (
         partial(schedule_free, average=sf_jax.refined_average(50.0, b1=0.9)),
-        (4e-3, 8e-3, 1.6e-2, 3.2e-2),
+        (2e-3, 4e-3, 8e-3, 1.6e-2),
     ),
 }
 COSINE = "AdamW, cosine"

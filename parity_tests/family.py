@@ -27,6 +27,7 @@ class FamilyOptions(Options):
     upstream_compatible: bool = False
     refined_c: float = 10.0
     mu_x: float = 0.99
+    d0: float = 1e-3
 
 
 # ScheduleFree+
@@ -179,6 +180,36 @@ def _gpa_torch(groups: list[Any], o: Options, form: str, foreach: bool) -> Any:
     return sf_torch.GPAAdamW(groups, foreach=foreach)
 
 
+# Prodigy, in JAX alone: PyTorch has none of its own
+
+
+def _prodigy_reference(o: Any) -> Seams:
+    base = reference_family.Prodigy(o.inner_momentum, o.b2, o.eps, o.weight_decay, o.d0)
+    average = PolynomialAverage(o.r, o.weight_lr_power)
+    return Seams(
+        function(o.b1),
+        reference.warmup(function(o.lr), o.warmup_steps),
+        base,
+        reference_family.weighed_by_d(average, base),
+    )
+
+
+def _prodigy_jax(o: Any, store_x: bool) -> Any:
+    return sf_jax.schedule_free_prodigy(
+        o.lr,
+        o.warmup_steps,
+        o.b1,
+        o.b2,
+        o.eps,
+        o.weight_decay,
+        o.weight_lr_power,
+        r=o.r,
+        inner_momentum=o.inner_momentum,
+        estim_lr0=o.d0,
+        store_x=store_x,
+    )
+
+
 FAMILY = {
     optimizer.name: optimizer
     for optimizer in (
@@ -206,6 +237,13 @@ FAMILY = {
             torch=_gpa_torch,
             torch_forms=("",),
         ),
+        Optimizer(
+            "prodigy",
+            reference=_prodigy_reference,
+            jax=_prodigy_jax,
+            arguments=lambda o: {},
+            torch_forms=("",),
+        ),
     )
 }
 
@@ -221,6 +259,10 @@ _GROWING = {**_PLUS, "b1_anneal_steps": 100, "c_warmup": 10, "r": 2.0}
 _REFINED: dict[str, Any] = {"b1": 0.95, "refined_c": 50.0, "warmup_steps": 20}
 _GPA: dict[str, Any] = {"b1": 0.7, "inner_momentum": 0.9}
 _DECAY = {"weight_decay": 0.1}
+# d grows without end on gradients that do not depend on the weights.
+_NETWORK: dict[str, Any] = {"tree": NETWORK, "gradients": "network"}
+# At lr = 1 this small network's run is unstable: it magnifies rounding, in float64 too.
+_PRODIGY: dict[str, Any] = {"lr": 0.3, "b2": 0.9}
 
 _Row = tuple[str, dict[str, Any], dict[str, Any]]  # name, options, fields of the case
 _ROWS: list[_Row] = [
@@ -246,9 +288,16 @@ _ROWS: list[_Row] = [
     (
         "gpa/network",
         {**_GPA, **_DECAY, "decay_at": "z"},
-        {"tree": NETWORK, "gradients": "network"},
+        _NETWORK,
     ),
     ("gpa/bfloat16", {**_GPA, **_DECAY}, {"dtype": "bfloat16"}),
+    ("prodigy/plain", _PRODIGY, _NETWORK),
+    (
+        "prodigy/together",
+        {**_PRODIGY, "inner_momentum": 0.9, "r": 0.5, "warmup_steps": 20, **_DECAY},
+        _NETWORK,
+    ),
+    ("prodigy/float64", {**_PRODIGY, **_DECAY}, {**_NETWORK, "dtype": "float64"}),
     ("gpa/float64", {**_GPA, **_DECAY}, {"dtype": "float64"}),
 ]
 _GOLDEN: list[_Row] = [
