@@ -4,9 +4,8 @@
     python examples/char_lm_nnx.py --resume      # goes on from the last checkpoint
 
 Gradients are taken at y, which the model holds; validation and the sample at the end
-use a second model, at x: `sf_jax.flax.eval_model(optimizer, model)`. There is no
-schedule, so `--steps` can be any number, and a finished run can be resumed with a
-larger one.
+use a second model, at x. There is no schedule, so `--steps` can be any number, and a
+finished run can be resumed with a larger one.
 """
 
 import argparse
@@ -25,7 +24,7 @@ import corpus
 import sf_jax.flax
 
 WIDTH, LAYERS, HEADS, LENGTH, BATCH = 128, 2, 4, 64, 32
-EVALUATE_EVERY, SAVE_EVERY = 100, 100
+EVALUATE_EVERY = SAVE_EVERY = 100
 
 
 class Block(nnx.Module):
@@ -131,17 +130,16 @@ def main() -> None:
                 batch = corpus.batch(train, BATCH, LENGTH, seed=0, step=step)
                 loss = train_step(model, optimizer, jnp.asarray(batch))
                 bar.update()
-                last = step + 1 == steps
-                if (step + 1) % EVALUATE_EVERY == 0 or last:
+                if (step + 1) % EVALUATE_EVERY == 0 or step + 1 == steps:
                     loss_at_x = validate(model, optimizer, held_out)
                     bar.write(
                         f"step {step + 1:5d}   training loss at y {loss:.3f}"
                         f"   validation loss at x {loss_at_x:.3f}"
                     )
-                if manager.should_save(step + 1) or last:
+                if manager.should_save(step + 1) or step + 1 == steps:
                     # Model and optimizer: y, z and the rest. x follows from them.
                     state = ocp.args.StandardSave(pure_state(model, optimizer))
-                    manager.save(step + 1, args=state, force=last)
+                    manager.save(step + 1, args=state, force=True)
         manager.wait_until_finished()
     at_x = sf_jax.flax.eval_model(optimizer, model)
     print(sample(at_x, b"def ", 20 if args.smoke else 300))

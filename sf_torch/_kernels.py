@@ -32,10 +32,6 @@ Number = float | Tensor
 be a new program."""
 
 
-FOR_ALL_THREADS = 2**15
-"""Elements of a tensor for which PyTorch's operations use more than one thread."""
-
-
 class Scalars(NamedTuple):
     """The numbers of one step of a parameter group."""
 
@@ -97,19 +93,47 @@ def interpolate_y(xs: Tensors, zs: Tensors, b1: float) -> Tensors:
     return torch._foreach_lerp(zs, xs, b1)
 
 
-def move_y(ys: Tensors, old_zs: Tensors, zs: Tensors, scalars: Scalars) -> None:
-    """The lean update of y in place; old_zs end as z - z'.
+def move_y(leaves: "Leaves", before: Tensors, scalars: Scalars) -> None:
+    """The lean update of y in place, after z has moved; before is overwritten.
+
+    With d = z - y from before the step and d' = z' - y,
+
+        y' = y + to_step d' + (to_z - to_step) d
 
     Through z' - z as z' was rounded, and not through u, its equal on paper: else the
     rounding of z would part y from z for good. And added to y as one sum: each
     rounding of y is one of x, times 1 / β, and they add up.
     """
+    ys, zs = leaves.ys, leaves.zs
     to_z, to_step = lean_coefficients(scalars)
-    moves = torch._foreach_sub(old_zs, ys)
-    torch._foreach_sub_(old_zs, zs)
-    torch._foreach_mul_(moves, to_z)
-    _add_scaled_(moves, old_zs, -to_step)
-    torch._foreach_add_(ys, moves)
+    if isinstance(to_step, Tensor) or to_step == 0:
+        after = leaves.spare("z' - y")
+        set_difference(after, zs, ys)
+        torch._foreach_mul_(before, to_z - to_step)
+        _add_scaled_(before, after, to_step)
+        torch._foreach_add_(ys, before)
+        return
+    momentum = (to_z - to_step) / to_step
+    if leaves.one_pass:
+        # PyTorch's SGD in one pass: a gradient z', whose decay by -1 makes it d', with
+        # d as its momentum.
+        torch._fused_sgd_(
+            ys,
+            zs,
+            before if momentum else [],
+            weight_decay=-1.0,
+            momentum=momentum,
+            lr=-to_step,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+        )
+        return
+    after = leaves.spare("z' - y")
+    set_difference(after, zs, ys)
+    torch._foreach_add_(after, before, alpha=momentum)
+    torch._foreach_add_(ys, after, alpha=to_step)
 
 
 def lean_coefficients(scalars: Scalars) -> tuple[float, float]:
@@ -126,7 +150,7 @@ def move_x(xs: Tensors, zs: Tensors, ckp1: Number) -> None:
 
 def move_z(leaves: "Leaves", step: BaseStep) -> None:
     """z and the moments in place."""
-    if step.steps is not None and step.b2 is not None and _has_fused_adam(leaves):
+    if step.steps is not None and step.b2 is not None and leaves.one_pass:
         _fused_adam(leaves, step)
         return
     directions = leaves.grads
@@ -146,19 +170,6 @@ def move_z(leaves: "Leaves", step: BaseStep) -> None:
         at = leaves.at(step.decay_at)
         directions = torch._foreach_add(directions, at, alpha=step.weight_decay)
     _add_scaled_(leaves.zs, directions, -step.lr)
-
-
-def _has_fused_adam(leaves: "Leaves") -> bool:
-    """Whether PyTorch's own one-pass Adam for CPUs is the better way for these."""
-    g, z = leaves.grads[0], leaves.zs[0]
-    return (
-        leaves.dense  # the kernel does not look at strides
-        and z.device.type == "cpu"
-        and g.dtype == z.dtype == torch.float32
-        # It wakes all threads for every tensor, which takes longer than a small one.
-        and sum(z.numel() for z in leaves.zs) >= FOR_ALL_THREADS * len(leaves.zs)
-        and not torch.compiler.is_compiling()
-    )
 
 
 def _fused_adam(leaves: "Leaves", step: BaseStep) -> None:
@@ -219,6 +230,16 @@ def _squared(grads: Tensors) -> Tensors:
     if grads[0].is_complex():
         return [g.real.square() + g.imag.square() for g in grads]
     return torch._foreach_mul(grads, grads)
+
+
+def set_difference(targets: Tensors, a: Tensors, b: Tensors) -> None:
+    """``target = a - b``"""
+    if targets[0].device.type == "cpu" and not torch.compiler.is_compiling():
+        for target, one, other in zip(targets, a, b, strict=True):
+            torch.sub(one, other, out=target)
+    else:
+        torch._foreach_copy_(targets, a)
+        torch._foreach_sub_(targets, b)
 
 
 def _add_scaled_(tensors: Tensors, others: Tensors, scale: Number) -> None:

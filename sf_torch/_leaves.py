@@ -17,8 +17,12 @@ from torch import Tensor
 from sf_torch import _kernels
 from sf_torch._kernels import Scalars, Tensors
 
-BLOCK = 2**18
-"""Elements of a block: a megabyte of float32 an array."""
+BLOCK = 2**19
+"""Elements of a block: two megabytes of float32 an array."""
+
+
+FOR_ALL_THREADS = 2**15
+"""Elements of a tensor for which PyTorch's operations use more than one thread."""
 
 
 @dataclass
@@ -48,6 +52,8 @@ class Scratch:
         if key not in self._kept or self._kept[key].numel() < total:
             self._kept[key] = tensors[0].new_empty(max(total, BLOCK))
         memory, result, start = self._kept[key], [], 0
+        if len(tensors) == 1 and tensors[0].dim() == 1:
+            return [memory[:total]]
         for t in tensors:
             part = memory[start : start + t.numel()]
             # In t's own layout, where it is not a slice of one.
@@ -69,7 +75,7 @@ class Leaves:
     moments: dict[str, Tensors]
     kept_ys: Tensors | None  # y where the state keeps it too
     narrow: list[tuple[Tensors, Tensors]]  # (what is stored, its wide copy)
-    dense: bool  # each parameter's arrays have their elements in one order, no gaps
+    one_pass: bool  # whether PyTorch's one-pass optimizers for CPUs are the better way
     scratch: Scratch
 
     def at(self, name: str) -> Tensors:
@@ -85,10 +91,10 @@ class Leaves:
     def advance(self, move_z: Callable[["Leaves"], None], scalars: Scalars) -> None:
         """Moves z, then x and y with it, and writes them where they stay."""
         if self.xs is None:
-            old_zs = self.spare("old z")
-            torch._foreach_copy_(old_zs, self.zs)
+            before = self.spare("z - y")
+            _kernels.set_difference(before, self.zs, self.ys)
             move_z(self)
-            _kernels.move_y(self.ys, old_zs, self.zs, scalars)
+            _kernels.move_y(self, before, scalars)
             ys = self.ys
         else:
             move_z(self)
@@ -161,8 +167,15 @@ def _batch(leaves: list[Leaf], b1: float, dense: bool, scratch: Scratch) -> Leav
         key: wide(state(key)) for key in first.state if key not in ("x", "y", "z")
     }
     kept_ys = state("y") if "y" in first.state else None
+    one_pass = (
+        dense  # their kernels do not look at strides
+        and _in_blocks(params[0])
+        and ys[0].dtype == zs[0].dtype == grads[0].dtype == torch.float32
+        # They wake all threads for every tensor, which takes longer than a small one.
+        and sum(z.numel() for z in zs) >= FOR_ALL_THREADS * len(zs)
+    )
     return Leaves(
-        params, grads, ys, zs, xs, b1, moments, kept_ys, narrow, dense, scratch
+        params, grads, ys, zs, xs, b1, moments, kept_ys, narrow, one_pass, scratch
     )
 
 

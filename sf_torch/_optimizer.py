@@ -61,9 +61,9 @@ class ScheduleFree(torch.optim.Optimizer):
         """How z moves, in numbers."""
         raise NotImplementedError
 
-    def _move_z(self, group: Group, leaves: Leaves, lr: float) -> None:
+    def _move_z(self, leaves: Leaves, base: BaseStep) -> None:
         """z and the moments in place."""
-        _kernels.move_z(leaves, self._base_step(group, lr))
+        _kernels.move_z(leaves, base)
 
     # Modes
 
@@ -345,14 +345,12 @@ class ScheduleFree(torch.optim.Optimizer):
             _fused.refuse_others(others)
             to_device(group, group["params"][0].device)
         scalars = self._scalars(group)
+        base = self._base_step(group, scalars.lr)
         if fused:
-            base = self._base_step(group, scalars.lr)
             _fused.step(fused, base, scalars, self.__dict__.setdefault("_kept", {}))
         together = group.get("foreach") is not False
         for batch in gather(others, group["b1"], together):
-            batch.advance(
-                lambda leaves: self._move_z(group, leaves, scalars.lr), scalars
-            )
+            batch.advance(lambda leaves: self._move_z(leaves, base), scalars)
         self._end_step(group, scalars)
 
     def _leaf(self, p: Tensor, group: Group) -> Leaf:

@@ -17,6 +17,7 @@ from torch import Tensor
 from sf_torch import _averaging, _checks, _kernels
 from sf_torch._averaging import Group
 from sf_torch._forms import Reference
+from sf_torch._kernels import BaseStep
 from sf_torch._leaves import Leaves, is_master, local
 from sf_torch._optimizer import ScheduleFree, bookkeeping, restore_dtypes, wide
 
@@ -107,11 +108,14 @@ class ScheduleFreeWrapper(ScheduleFree):
     def _captures(self, group: Group) -> bool:
         return False
 
-    def _move_z(self, group: Group, leaves: Leaves, lr: float) -> None:
+    def _base_step(self, group: Group, lr: float) -> BaseStep:
+        # The part that is not the base's; without the d of a group, as Meta's has it.
+        return BaseStep(float(group["lr"]), self.weight_decay_at_y, "y")
+
+    def _move_z(self, leaves: Leaves, base: BaseStep) -> None:
         zs = leaves.moments[MOVED]
-        if self.weight_decay_at_y:
-            # Without the d of a group, as Meta's wrapper has it.
-            scale = float(group["lr"]) * self.weight_decay_at_y
+        if base.weight_decay:
+            scale = base.lr * base.weight_decay
             torch._foreach_add_(zs, leaves.ys, alpha=-scale)
         torch._foreach_copy_(leaves.zs, zs)
 

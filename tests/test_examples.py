@@ -20,7 +20,7 @@ SCRIPTS = sorted(p for p in EXAMPLES.glob("*.py") if "__main__" in p.read_text()
 pytestmark = pytest.mark.xdist_group("examples")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # tests of other files may come in between
 def run(tmp_path_factory):
     """run(name) is what the script printed and the folder that it wrote into."""
 

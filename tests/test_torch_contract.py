@@ -5,7 +5,8 @@ import torch
 from torch_cases import ALL, NAMED, every, gradients, same, started, step, values
 
 import sf_torch
-from sf_torch._leaves import BLOCK, Scratch
+from sf_torch import _leaves
+from sf_torch._leaves import Scratch
 
 
 def parameter(*shape, dtype=torch.float32):
@@ -203,9 +204,10 @@ def test_scalar_and_empty_leaves_train(build):
     assert not torch.equal(x[0], before[0])
 
 
-def test_large_leaves_take_the_steps_of_their_parts():
+def test_large_leaves_take_the_steps_of_their_parts(monkeypatch):
+    monkeypatch.setattr(_leaves, "BLOCK", 2**16)
     whole = parameter(600, 250)
-    assert whole.numel() > BLOCK
+    assert whole.numel() > 2 * _leaves.BLOCK
     parts = [torch.nn.Parameter(part.clone()) for part in whole.detach().split(150)]
     models = [torch.nn.ParameterList([whole]), torch.nn.ParameterList(parts)]
     optimizers = [started(sf_torch.AdamWScheduleFree, model) for model in models]
@@ -228,14 +230,15 @@ def test_what_memory_held_before_does_not_enter(monkeypatch):
     monkeypatch.setattr(Scratch, "like", full_of_nan)
     for name in NAMED:
         for options in ({}, {"weight_decay": 0.1}):
-            model = torch.nn.ParameterList([parameter(5)])
+            # Large enough for PyTorch's one-pass kernels, and not.
+            model = torch.nn.ParameterList([parameter(40_000), parameter(5)])
             optimizer = started(NAMED[name], model, steps=2, **options)
-            assert torch.isfinite(model[0]).all()
+            assert all(torch.isfinite(p).all() for p in model)
             assert torch.isfinite(optimizer.eval_params()[0]).all()
 
 
 def test_an_infinite_gradient_stays_with_its_parameter():
-    model = torch.nn.ParameterList([parameter(BLOCK), parameter(BLOCK)])
+    model = torch.nn.ParameterList([parameter(_leaves.BLOCK), parameter(_leaves.BLOCK)])
     optimizer = started(sf_torch.AdamWScheduleFree, model)
     gradients(model, 0)
     model[0].grad.fill_(float("inf"))
