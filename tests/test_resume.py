@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-STEPS = 40
+STEPS = 120
 
 
 def gradient(parameter, step):
@@ -130,6 +130,8 @@ def main():
         # Before it saves: this is where to shoot.
         print(step + 1, flush=True)
         run.save(step + 1)
+        # So that it is not through before the shot, on whatever machine.
+        time.sleep(0.01)
     run.close()
 
 
