@@ -19,6 +19,8 @@ pytest.importorskip("libtpu", reason="libtpu is not installed; `make tpu` brings
 
 # libtpu would otherwise look for the machine it runs on.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+# Nothing here uses a TPU, so others may hold its lock.
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 LEAF = 2**27
