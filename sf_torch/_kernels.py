@@ -106,17 +106,10 @@ def move_y(leaves: "Leaves", before: Tensors, scalars: Scalars) -> None:
     """
     ys, zs = leaves.ys, leaves.zs
     to_z, to_step = lean_coefficients(scalars)
-    if isinstance(to_step, Tensor) or to_step == 0:
-        after = leaves.spare("z' - y")
-        set_difference(after, zs, ys)
-        torch._foreach_mul_(before, to_z - to_step)
-        _add_scaled_(before, after, to_step)
-        torch._foreach_add_(ys, before)
-        return
-    momentum = (to_z - to_step) / to_step
-    if leaves.one_pass:
+    if leaves.one_pass and to_step != 0:
         # PyTorch's SGD in one pass: a gradient z', whose decay by -1 makes it d', with
         # d as its momentum.
+        momentum = (to_z - to_step) / to_step
         torch._fused_sgd_(
             ys,
             zs,
@@ -132,8 +125,13 @@ def move_y(leaves: "Leaves", before: Tensors, scalars: Scalars) -> None:
         return
     after = leaves.spare("z' - y")
     set_difference(after, zs, ys)
-    torch._foreach_add_(after, before, alpha=momentum)
-    torch._foreach_add_(ys, after, alpha=to_step)
+    if isinstance(to_step, Tensor) or to_step == 0:
+        torch._foreach_mul_(before, to_z - to_step)
+        _add_scaled_(before, after, to_step)
+        torch._foreach_add_(ys, before)
+    else:  # the same with one pass less
+        torch._foreach_add_(after, before, alpha=(to_z - to_step) / to_step)
+        torch._foreach_add_(ys, after, alpha=to_step)
 
 
 def lean_coefficients(scalars: Scalars) -> tuple[float, float]:
@@ -179,10 +177,10 @@ def _fused_adam(leaves: "Leaves", step: BaseStep) -> None:
     means = leaves.moments["exp_avg"] if b else leaves.spare("mean")
     if not b:
         torch._foreach_zero_(means)
-    targets, lr = leaves.zs, step.lr
+    targets = leaves.zs
     if step.weight_decay:
         # From zero, so that decay joins before z is rounded, and only once.
-        targets, lr = leaves.spare("step"), step.lr
+        targets = leaves.spare("step")
         torch._foreach_zero_(targets)
         at = leaves.at(step.decay_at)
     torch._fused_adam_(
@@ -192,7 +190,7 @@ def _fused_adam(leaves: "Leaves", step: BaseStep) -> None:
         v,
         [],
         [torch.tensor(float(step.steps or 0))] * len(v),
-        lr=lr,
+        lr=step.lr,
         beta1=_representable(b),
         beta2=_representable(step.b2 or 0.0),
         weight_decay=0.0,
@@ -201,7 +199,7 @@ def _fused_adam(leaves: "Leaves", step: BaseStep) -> None:
         maximize=False,
     )
     if step.weight_decay:
-        torch._foreach_add_(targets, at, alpha=-lr * step.weight_decay)
+        torch._foreach_add_(targets, at, alpha=-step.lr * step.weight_decay)
         torch._foreach_add_(leaves.zs, targets)
 
 
