@@ -9,8 +9,8 @@ nothing is compiled anew as they change. The formulas are those of
 Parameters that share device, dtypes and the kinds of their state share a launch.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from sf_torch._leaves import Leaf, is_master, same_layout
 try:
     import triton
 
-    from sf_torch._triton import TYPES, kernel
+    from sf_torch._triton import TYPES, step_kernel, switch_kernel
 except ImportError:  # PyTorch's builds for CPUs come without it
     triton = None
 
@@ -85,45 +85,102 @@ def refuse_others(leaves: Sequence[Leaf]) -> None:
 
 def step(leaves: Sequence[Leaf], base: BaseStep, scalars: Scalars, kept: Kept) -> None:
     """Moves y, z, x and the moments of all leaves in place."""
+    for launch in _launches(map(_arrays_of, leaves), kept):
+        arrays, rows = launch.first, list(launch.first)
+        step_kernel[launch.grid](
+            launch.table,
+            launch.blocks,
+            numbers_of(base, scalars, launch.table.device),
+            launch.n,
+            *(rows.index(row) if row in rows else -1 for row in ROWS),
+            SIZE_ROW=len(rows),
+            PARAM=TYPES[arrays["param"].dtype],
+            GRAD=TYPES[arrays["grad"].dtype],
+            MASTER=is_master(arrays["z"], arrays["param"]),
+            DECAY_AT=_decay_at(base),
+            ALIGNED=launch.aligned,
+            BLOCK=BLOCK,
+        )
+
+
+def switch(
+    lean: Iterable[Sequence[Tensor]], b1: float, to_x: bool, kept: Kept
+) -> list[Sequence[Tensor]]:
+    """Exchanges y for x in each (param, z, kept y), or x for y.
+
+    Returns those that the kernel cannot take.
+    """
+    lean = list(lean)
+    taken = [t for t in lean if _switches(t)]
+    rows = [dict(zip(("param", "z", "y"), t, strict=True)) for t in taken]
+    for launch in _launches(rows, kept):
+        switch_kernel[launch.grid](
+            launch.table,
+            launch.blocks,
+            launch.n,
+            1 - 1 / b1,
+            1 - b1,
+            TO_X=to_x,
+            ALIGNED=launch.aligned,
+            BLOCK=BLOCK,
+        )
+    return [t for t in lean if not _switches(t)]
+
+
+def _switches(tensors: Sequence[Tensor]) -> bool:
+    return (
+        works_on(tensors[0].device)
+        and all(t.dtype == torch.float32 for t in tensors)
+        and same_layout(tensors)
+    )
+
+
+def _arrays_of(leaf: Leaf) -> dict[str, Tensor]:
+    """By row of the table, in the order of :data:`ROWS`."""
+    arrays = {"param": leaf.param, "grad": leaf.grad, **leaf.state}
+    if not same_layout([leaf.grad, leaf.param]):
+        arrays["grad"] = torch.empty_like(leaf.param).copy_(leaf.grad)
+    return {row: arrays[row] for row in ROWS if row in arrays}
+
+
+class Launch(NamedTuple):
+    """Tensors that are alike, and where the kernel finds them."""
+
+    first: dict[str, Tensor]  # the arrays of one of them, by row of the table
+    n: int
+    table: Tensor
+    blocks: Tensor
+    aligned: bool
+
+    @property
+    def grid(self) -> tuple[int]:
+        return (len(self.blocks) // 2,)
+
+
+def _launches(tensors: Iterable[dict[str, Tensor]], kept: Kept) -> Iterator[Launch]:
     batches: dict[Any, list[dict[str, Tensor]]] = {}
-    for leaf in leaves:
-        if leaf.param.numel():
-            arrays = {"param": leaf.param, "grad": leaf.grad, **leaf.state}
-            if not same_layout([leaf.grad, leaf.param]):
-                arrays["grad"] = torch.empty_like(leaf.param).copy_(leaf.grad)
-            alike = (
-                leaf.param.device,
-                leaf.param.dtype,
-                arrays["grad"].dtype,
-                is_master(leaf.state["z"], leaf.param),
-                all(t.data_ptr() % 16 == 0 for t in arrays.values()),
-                *leaf.state,
-            )
+    for arrays in tensors:
+        if arrays["param"].numel():
+            aligned = all(t.data_ptr() % 16 == 0 for t in arrays.values())
+            dtypes = [(row, t.dtype) for row, t in arrays.items()]
+            alike = (aligned, arrays["param"].device, *dtypes)
             batches.setdefault(alike, []).append(arrays)
     for alike, batch in batches.items():
-        device, p_dtype, g_dtype, master, aligned, *_ = alike
-        rows = [row for row in ROWS if row in batch[0]]
+        aligned, device, *_ = alike
         sizes = [arrays["param"].numel() for arrays in batch]
-        table = [arrays[row].data_ptr() for row in rows for arrays in batch] + sizes
+        table = [arrays[row].data_ptr() for row in batch[0] for arrays in batch]
         blocks = [
             value
             for which, size in enumerate(sizes)
             for start in range(0, size, BLOCK)
             for value in (which, start)
         ]
-        kernel[(len(blocks) // 2,)](
-            _on_device(kept, (alike, "table"), table, device),
-            _on_device(kept, (alike, "blocks"), blocks, device),
-            numbers_of(base, scalars, device),
+        yield Launch(
+            batch[0],
             len(batch),
-            *(rows.index(row) if row in rows else -1 for row in ROWS),
-            SIZE_ROW=len(rows),
-            PARAM=TYPES[p_dtype],
-            GRAD=TYPES[g_dtype],
-            MASTER=master,
-            DECAY_AT=_decay_at(base),
-            ALIGNED=aligned,
-            BLOCK=BLOCK,
+            _on_device(kept, (alike, "table"), table + sizes, device),
+            _on_device(kept, (alike, "blocks"), blocks, device),
+            aligned,
         )
 
 

@@ -15,6 +15,7 @@ References:
   Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
 """
 
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -83,6 +84,12 @@ def as_tensors(base: BaseStep, scalars: Scalars) -> tuple[BaseStep, Scalars]:
     return base, scalars._replace(lr=lr, ckp1=ckp1)
 
 
+def wide(a: Tensor, z: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Both in the dtype of arithmetic, as lists of one."""
+    dtype = torch.promote_types(torch.promote_types(a.dtype, z.dtype), torch.float32)
+    return [a.to(dtype)], [z.to(dtype)]
+
+
 def recover_x(ys: Tensors, zs: Tensors, b1: float) -> Tensors:
     """x from y and z, as new tensors."""
     return torch._foreach_lerp(ys, zs, 1 - 1 / b1)
@@ -90,7 +97,7 @@ def recover_x(ys: Tensors, zs: Tensors, b1: float) -> Tensors:
 
 def interpolate_y(xs: Tensors, zs: Tensors, b1: float) -> Tensors:
     """y from x and z, as new tensors."""
-    return torch._foreach_lerp(zs, xs, b1)
+    return torch._foreach_lerp(xs, zs, 1 - b1)
 
 
 def move_y(leaves: "Leaves", before: Tensors, scalars: Scalars) -> None:
@@ -179,10 +186,11 @@ def _fused_adam(leaves: "Leaves", step: BaseStep) -> None:
         torch._foreach_zero_(means)
     targets = leaves.zs
     if step.weight_decay:
-        # From zero, so that decay joins before z is rounded, and only once.
+        # Apart from z, so that z is rounded once, with the decay in it.
         targets = leaves.spare("step")
-        torch._foreach_zero_(targets)
-        at = leaves.at(step.decay_at)
+        scale = -step.lr * step.weight_decay
+        for target, p in zip(targets, leaves.at(step.decay_at), strict=True):
+            torch.mul(p, scale, out=target)
     torch._fused_adam_(
         targets,
         leaves.grads,
@@ -191,18 +199,18 @@ def _fused_adam(leaves: "Leaves", step: BaseStep) -> None:
         [],
         [torch.tensor(float(step.steps or 0))] * len(v),
         lr=step.lr,
-        beta1=_representable(b),
-        beta2=_representable(step.b2 or 0.0),
+        beta1=_representable(float(b)),
+        beta2=_representable(float(step.b2 or 0.0)),
         weight_decay=0.0,
         eps=step.positive_eps,
         amsgrad=False,
         maximize=False,
     )
     if step.weight_decay:
-        torch._foreach_add_(targets, at, alpha=-step.lr * step.weight_decay)
         torch._foreach_add_(leaves.zs, targets)
 
 
+@cache
 def _representable(b: float) -> float:
     """The float32 next to b.
 
@@ -211,7 +219,7 @@ def _representable(b: float) -> float:
     b = 0.999. From a float32 both come out exact, and the mean is one over 1 + 1e-5
     times as many gradients instead.
     """
-    return torch.tensor(float(b), dtype=torch.float32).item()
+    return torch.tensor(b, dtype=torch.float32).item()
 
 
 def move_mean(means: Tensors, values: Tensors, b: float) -> None:

@@ -17,12 +17,11 @@ from torch import Tensor
 from sf_torch import _kernels
 from sf_torch._kernels import Scalars, Tensors
 
-BLOCK = 2**19
-"""Elements of a block: two megabytes of float32 an array."""
+BLOCK = 2**18
+"""Elements of a block: one megabyte of float32 an array."""
 
-
-FOR_ALL_THREADS = 2**15
-"""Elements of a tensor for which PyTorch's operations use more than one thread."""
+FOR_ONE_THREAD, FOR_ALL_THREADS = 2**12, 2**15
+"""Elements of a tensor that are worth waking one more thread for, or any number."""
 
 
 @dataclass
@@ -45,21 +44,19 @@ class Scratch:
         self._kept: dict[Any, Tensor] = {}
 
     def like(self, tensors: Tensors, name: str) -> Tensors:
-        if not _in_blocks(tensors[0]):
+        if not _works_in_blocks(tensors[0]):
             return [torch.empty_like(t) for t in tensors]
         total = sum(t.numel() for t in tensors)
         key = (name, tensors[0].dtype)
-        if key not in self._kept or self._kept[key].numel() < total:
-            self._kept[key] = tensors[0].new_empty(max(total, BLOCK))
-        memory, result, start = self._kept[key], [], 0
-        if len(tensors) == 1 and tensors[0].dim() == 1:
-            return [memory[:total]]
-        for t in tensors:
-            part = memory[start : start + t.numel()]
-            # In t's own layout, where it is not a slice of one.
-            result.append(part.as_strided(t.shape, t.stride(), part.storage_offset()))
-            start += t.numel()
-        return result
+        memory = self._kept.get(key)
+        if memory is None or memory.numel() < total:
+            memory = self._kept[key] = tensors[0].new_empty(max(total, BLOCK))
+        parts = memory[:total].split([t.numel() for t in tensors])
+        # In t's own layout, where it is more than a row.
+        return [
+            part if t.dim() == 1 else part.as_strided(t.shape, t.stride())
+            for part, t in zip(parts, tensors, strict=True)
+        ]
 
 
 @dataclass
@@ -121,17 +118,19 @@ def gather(
     sizes: dict[Any, int] = {}
     scratch = Scratch()
     for number, leaf in enumerate(leaves):
-        z, in_blocks = leaf.state["z"], blocks and _in_blocks(leaf.param)
-        dense = same_layout([leaf.param, leaf.grad, *leaf.state.values()])
-        alike = (dense, leaf.param.device, leaf.param.dtype, z.dtype, *leaf.state)
+        param, z = leaf.param, leaf.state["z"]
+        sliced = blocks and _works_in_blocks(param)
+        dense = same_layout([param, leaf.grad, *leaf.state.values()])
+        alike = (dense, param.device, param.dtype, z.dtype, *leaf.state)
         key = alike if together else (dense, number)
-        for piece in _slices(leaf) if in_blocks and dense else [leaf]:
+        for piece in _slices(leaf) if sliced and dense else [leaf]:
             size = piece.param.numel()
-            if in_blocks and sizes.get(key, 0) + size > BLOCK and key in batches:
+            before = sizes.get(key, 0)
+            if sliced and before and before + size > BLOCK:
                 yield _batch(batches.pop(key), b1, dense, scratch)
-                del sizes[key]
+                before = 0
             batches.setdefault(key, []).append(piece)
-            sizes[key] = sizes.get(key, 0) + size
+            sizes[key] = before + size
         if not together and key in batches:
             yield _batch(batches.pop(key), b1, dense, scratch)
     for (dense, *_), batch in batches.items():
@@ -169,10 +168,10 @@ def _batch(leaves: list[Leaf], b1: float, dense: bool, scratch: Scratch) -> Leav
     kept_ys = state("y") if "y" in first.state else None
     one_pass = (
         dense  # their kernels do not look at strides
-        and _in_blocks(params[0])
+        and _works_in_blocks(params[0])
         and ys[0].dtype == zs[0].dtype == grads[0].dtype == torch.float32
         # They wake all threads for every tensor, which takes longer than a small one.
-        and sum(z.numel() for z in zs) >= FOR_ALL_THREADS * len(zs)
+        and sum(z.numel() for z in zs) >= _worth_all_threads() * len(zs)
     )
     return Leaves(
         params, grads, ys, zs, xs, b1, moments, kept_ys, narrow, one_pass, scratch
@@ -189,7 +188,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def _in_blocks(param: Tensor) -> bool:
+def _worth_all_threads() -> int:
+    return min(FOR_ONE_THREAD * max(1, torch.get_num_threads() - 1), FOR_ALL_THREADS)
+
+
+def _works_in_blocks(param: Tensor) -> bool:
     # Compiled code fuses a step by itself.
     return param.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -199,9 +202,18 @@ def _slices(leaf: Leaf) -> Iterator[Leaf]:
         yield leaf
         return
     tensors = [leaf.param, leaf.grad, *leaf.state.values()]
-    flat = [t.as_strided((t.numel(),), (1,)) for t in tensors]
-    for param, grad, *states in zip(*(t.split(BLOCK) for t in flat), strict=True):
+    for param, grad, *states in in_blocks(tensors):
         yield Leaf(param, grad, dict(zip(leaf.state, states, strict=True)))
+
+
+def in_blocks(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+    """Tensors of one shape, on a CPU in slices that stay in its cache."""
+    size = tensors[0].numel()
+    if size <= BLOCK or not _works_in_blocks(tensors[0]) or not same_layout(tensors):
+        yield tensors
+        return
+    flat = [t.as_strided((size,), (1,)) for t in tensors]
+    yield from zip(*(t.split(BLOCK) for t in flat), strict=True)
 
 
 def same_layout(tensors: Sequence[Tensor]) -> bool:

@@ -16,13 +16,13 @@ References:
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sf_torch import _checks, _fused, _kernels
+from sf_torch import _checks, _fused, _kernels, _modes
 from sf_torch._averaging import (
     Group,
     number,
@@ -103,26 +103,18 @@ class ScheduleFree(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _switch(self, training: bool) -> None:
+        switch = _modes.to_y if training else _modes.to_x
         for group in self.param_groups:
             if group["train_mode"] != training:
-                for p in group["params"]:
-                    self._to_y(p, group) if training else self._to_x(p, group)
+                # Without z it has not moved yet: x, y and z are one.
+                states = [(p, self.state.get(p) or {}) for p in group["params"]]
+                moved = [(p, state) for p, state in states if "z" in state]
+                switch(moved, group["b1"], self._fuses(group), self._on_device)
                 group["train_mode"] = training
 
-    def _to_x(self, p: Tensor, group: Group) -> None:
-        x, state = self._x(p, group), self.state.get(p)
-        if state and "z" in state and "x" not in state:
-            # Made anew from x and z, y would be a rounding off, and another one at the
-            # next switch.
-            state["y"] = p.detach().clone()
-        if x is not p:
-            p.copy_(x)
-
-    def _to_y(self, p: Tensor, group: Group) -> None:
-        p.copy_(self._y(p, group))
-        state = self.state.get(p)
-        if state and "x" not in state:
-            state.pop("y", None)
+    @property
+    def _on_device(self) -> _fused.Kept:
+        return self.__dict__.setdefault("_kept", {})
 
     @torch.no_grad()
     def eval_params(self, dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -133,7 +125,7 @@ class ScheduleFree(torch.optim.Optimizer):
             gives x in full where the parameters are half precision.
         """
         return [
-            self._x(p, group).detach().to(dtype or p.dtype, copy=True)
+            self._new_x(p, group).to(dtype or p.dtype)
             for group in self.param_groups
             for p in group["params"]
         ]
@@ -159,38 +151,23 @@ class ScheduleFree(torch.optim.Optimizer):
             return state["x"]
         if not group["train_mode"]:
             return p
-        return _kernels.recover_x(*wide(p, state["z"]), group["b1"])[0]
+        return _kernels.recover_x(*_kernels.wide(p, state["z"]), group["b1"])[0]
 
-    def _y(self, p: Tensor, group: Group) -> Tensor:
-        state = self.state.get(p)
-        if not state or "z" not in state:
-            return p
-        if "y" in state and "x" in state:
-            return state["y"]
-        is_same: Tensor | None = None
-        if "y" in state:
-            # The y that was left, but where the parameter is no longer its x.
-            left = _kernels.recover_x(*wide(state["y"], state["z"]), group["b1"])[0]
-            is_same = left.to(p.dtype) == p
-            if is_same.all():
-                return state["y"]
-        x = state.get("x", p)
-        y = _kernels.interpolate_y(*wide(x, state["z"]), group["b1"])[0]
-        return y if is_same is None else torch.where(is_same, state["y"].to(y.dtype), y)
+    def _new_x(self, p: Tensor, group: Group) -> Tensor:
+        x = self._x(p, group)
+        is_held = x is p or x is self.state[p].get("x")
+        return x.detach().clone() if is_held else x
 
     # State
 
     def _state_of(self, p: Tensor, group: Group) -> dict[str, Tensor]:
         """The state of a parameter, made or completed where that is needed."""
         state = self.state[p]
-        dtype = group["state_dtype"] or torch.promote_types(p.dtype, torch.float32)
-        if p.is_complex():
-            dtype = torch.promote_types(dtype, torch.complex64)
+        dtype = _state_dtype(p.dtype, group["state_dtype"])
         for key, value in state.items():
-            # Another package's state may have come in the parameters' own dtype.
-            wanted = dtype if value.is_complex() else dtype.to_real()
-            if value.dtype != wanted:
-                state[key] = value.to(wanted)
+            if value.dtype != dtype:
+                # Another package's state may have come in the parameters' own dtype.
+                state[key] = value.to(dtype if value.is_complex() else dtype.to_real())
         begins = "z" not in state
         if begins:
             state["z"] = p.detach().to(dtype, copy=True)
@@ -347,7 +324,7 @@ class ScheduleFree(torch.optim.Optimizer):
         scalars = self._scalars(group)
         base = self._base_step(group, scalars.lr)
         if fused:
-            _fused.step(fused, base, scalars, self.__dict__.setdefault("_kept", {}))
+            _fused.step(fused, base, scalars, self._on_device)
         together = group.get("foreach") is not False
         for batch in gather(others, group["b1"], together):
             batch.advance(lambda leaves: self._move_z(leaves, base), scalars)
@@ -381,7 +358,7 @@ class ScheduleFree(torch.optim.Optimizer):
             still = [p for p in group["params"] if p.grad is None and self.state.get(p)]
             for p in still:
                 state = self._state_of(p, group)
-                xs_and_zs = wide(self._x(p, group), state["z"])
+                xs_and_zs = _kernels.wide(self._x(p, group), state["z"])
                 y = _kernels.interpolate_y(*xs_and_zs, scalars.next_b1)[0]
                 for kept in (p, state.get("y")):
                     if kept is not None:
@@ -414,10 +391,10 @@ def restore_dtypes(
                 optimizer.state[p][key] = value.detach().to(p.device, copy=True)
 
 
-def wide(a: Tensor, z: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Both in the dtype of arithmetic, as lists of one."""
-    dtype = torch.promote_types(torch.promote_types(a.dtype, z.dtype), torch.float32)
-    return [a.to(dtype)], [z.to(dtype)]
+@cache
+def _state_dtype(param: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
+    dtype = asked or torch.promote_types(param, torch.float32)
+    return torch.promote_types(dtype, torch.complex64) if param.is_complex else dtype
 
 
 def bookkeeping(

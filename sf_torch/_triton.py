@@ -1,4 +1,4 @@
-"""The Triton kernel of :mod:`sf_torch._fused`; imported only where Triton is there.
+"""The Triton kernels of :mod:`sf_torch._fused`; imported only where Triton is there.
 
 One program moves one block of one tensor: reads each array once, writes it once.
 """
@@ -29,7 +29,7 @@ def _lerp(a, b, weight):
 
 
 @triton.jit(do_not_specialize=["n"])
-def kernel(
+def step_kernel(
     table,  # (rows, n) int64: addresses, and sizes in the last row
     blocks,  # (programs, 2) int64: which tensor, and where the block starts in it
     numbers,  # (14,) float64: see _fused.numbers_of
@@ -63,7 +63,7 @@ def kernel(
         x_at = _pointer(table, X_ROW * n + which, tl.float32, ALIGNED) + offsets
         x = tl.load(x_at, mask=mask)
     if MASTER:
-        y = x + tl.load(numbers + 11).to(tl.float32) * (z - x)
+        y = _lerp(x, z, tl.load(numbers + 11).to(tl.float32))
     else:
         y = tl.load(param_at, mask=mask).to(tl.float32)
         if DECAY_AT == "x" and X_ROW < 0:
@@ -100,7 +100,7 @@ def kernel(
     if X_ROW >= 0:
         x = _lerp(x, new_z, tl.load(numbers + 10).to(tl.float32))
         tl.store(x_at, x, mask=mask)
-        y = x + tl.load(numbers + 12).to(tl.float32) * (new_z - x)
+        y = _lerp(x, new_z, tl.load(numbers + 12).to(tl.float32))
     else:
         # Through z' - z as it was rounded, and as one sum, see move_y.
         to_z = tl.load(numbers + 8).to(tl.float32)
@@ -110,3 +110,35 @@ def kernel(
     if Y_ROW >= 0:
         y_at = _pointer(table, Y_ROW * n + which, tl.float32, ALIGNED) + offsets
         tl.store(y_at, y, mask=mask)
+
+
+@triton.jit(do_not_specialize=["n", "from_y", "from_x"])
+def switch_kernel(
+    table,  # (4, n) int64: addresses of param, z and the y that is kept; sizes
+    blocks,  # as above
+    n,
+    from_y,  # 1 - 1 / β: x lies there on the line from y to z
+    from_x,  # 1 - β: and y there on that from x to z
+    TO_X: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    which = tl.load(blocks + 2 * program)
+    offsets = tl.load(blocks + 2 * program + 1) + tl.arange(0, BLOCK)
+    mask = offsets < tl.load(table + 3 * n + which)
+
+    param_at = _pointer(table, which, tl.float32, ALIGNED) + offsets
+    z_at = _pointer(table, n + which, tl.float32, ALIGNED) + offsets
+    y_at = _pointer(table, 2 * n + which, tl.float32, ALIGNED) + offsets
+    param = tl.load(param_at, mask=mask)
+    z = tl.load(z_at, mask=mask)
+    if TO_X:
+        tl.store(y_at, param, mask=mask)
+        tl.store(param_at, _lerp(param, z, from_y), mask=mask)
+    else:
+        y = tl.load(y_at, mask=mask)
+        # Where it is no longer the x of that y, a y of its own.
+        is_left = _lerp(y, z, from_y) == param
+        y = tl.where(is_left, y, _lerp(param, z, from_x))
+        tl.store(param_at, y, mask=mask)

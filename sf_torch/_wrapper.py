@@ -19,7 +19,7 @@ from sf_torch._averaging import Group
 from sf_torch._forms import Reference
 from sf_torch._kernels import BaseStep
 from sf_torch._leaves import Leaves, is_master, local
-from sf_torch._optimizer import ScheduleFree, bookkeeping, restore_dtypes, wide
+from sf_torch._optimizer import ScheduleFree, bookkeeping, restore_dtypes
 
 OURS = ("z", "x", "y")  # of a parameter's state; the rest is the base's
 MOVED = "moved_z"  # z', while a step is under way
@@ -162,7 +162,7 @@ class ScheduleFreeWrapper(ScheduleFree):
                 return loss
             at = {p: _held(p) for p in live}
             for p, group, _ in moving:
-                pair = wide(xs[p], at[p])
+                pair = _kernels.wide(xs[p], at[p])
                 y = _kernels.interpolate_y(*pair, group["b1"])[0]
                 _hold(p, y.to(live[p].dtype))
             with torch.enable_grad():
