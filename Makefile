@@ -39,7 +39,7 @@ format: $(STAMP)  ## put the code into ruff's format
 	$(BIN)/ruff format .
 
 parity: $(STAMP)  ## the parity matrix, with its report in out/parity/
-	$(BIN)/python -m parity_tests matrix --report out/parity
+	TRITON_INTERPRET=1 $(BIN)/python -m parity_tests matrix --report out/parity
 
 bench: $(STAMP)  ## step time against the floor and peers, 5 minutes on two cores
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'

@@ -58,8 +58,10 @@ def _jax(mode: str, store_x: bool = False, most_steps: int = STEPS) -> Voice:
     return Voice("sf_jax", "jax", in_jax.run, options, most_steps, costly)
 
 
-def _torch(form: str = "", foreach: bool = False, most_steps: int = STEPS) -> Voice:
-    options = {"form": form, "foreach": foreach}
+def _torch(
+    form: str = "", foreach: bool = False, fused: bool = False, most_steps: int = STEPS
+) -> Voice:
+    options = {"form": form, "foreach": foreach, "fused": fused}
     return Voice("sf_torch", "torch", in_torch.run, options, most_steps)
 
 
@@ -75,6 +77,7 @@ VOICES: dict[str, Voice] = {
     "jax eager, x stored": _jax("eager", True, most_steps=8),
     "torch": _torch(),
     "torch foreach": _torch(foreach=True, most_steps=100),
+    "torch fused": _torch(fused=True, most_steps=30),  # slow where interpreted
     "torch Reference": _torch("Reference", most_steps=100),
     "torch Closure": _torch("Closure", most_steps=100),
     "golden": Voice("golden", "numpy", _run_golden, {}),
@@ -83,9 +86,11 @@ VOICES: dict[str, Voice] = {
 }
 
 
-def unsupported(case: Case, voice: str) -> str | None:
-    """Why the voice can't run the case, or None."""
+def unsupported(case: Case, voice: str, device: str = "cpu") -> str | None:
+    """Why the voice can't run the case on a device, or None."""
     row = VOICES[voice]
+    if row.options.get("fused") and (reason := in_torch.unfused(case, device)):
+        return reason
     form = row.options.get("form", "")
     if form and form not in case.optimizer.torch_forms:
         return f"{case.optimizer.name} has no {form} form"
@@ -103,8 +108,13 @@ def _cached(case: Case, voice: str, steps: int, device: str) -> Trajectory:
 def run(
     case: Case, voice: str, steps: int | None = None, device: str = "cpu"
 ) -> Trajectory:
-    """The trajectory of a case in a voice; fewer steps where the voice is slow."""
-    most = min(case.steps, VOICES[voice].most_steps)
+    """The trajectory of a case in a voice; fewer steps where the voice is slow.
+
+    PyTorch's voices have more kernels of their own on a GPU: there they run all steps.
+    """
+    most = case.steps
+    if not (device == "cuda" and VOICES[voice].framework == "torch"):
+        most = min(most, VOICES[voice].most_steps)
     return _cached(case, voice, min(steps or most, most), device)
 
 
@@ -148,12 +158,17 @@ def check(
     return Outcome(case.name, voice, against, distance, limit)
 
 
-def comparisons(case: Case, voices: Iterable[str] = tuple(VOICES)) -> list[Pair]:
+def comparisons(
+    case: Case,
+    voices: Iterable[str] = tuple(VOICES),
+    device_of: Callable[[str], str] = lambda voice: "cpu",
+) -> list[Pair]:
     """What is compared of a case: (voice, against), of the voices that can run it."""
     able = [
         v
         for v in dict.fromkeys((*voices, "reference"))
-        if unsupported(case, v) is None and (case.thorough or not VOICES[v].costly)
+        if unsupported(case, v, device_of(v)) is None
+        and (case.thorough or not VOICES[v].costly)
     ]
     ours = [v for v in able if VOICES[v].package in ("sf_jax", "sf_torch")]
     pairs = [(v, "reference") for v in able if v not in ("reference", "golden")]

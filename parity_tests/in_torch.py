@@ -11,6 +11,7 @@ import torch
 
 from parity_tests.case import Case
 from parity_tests.trajectory import Trajectory
+from sf_torch._fused import works_on
 
 Params = dict[str, torch.nn.Parameter]
 Leaves = dict[str, np.ndarray]
@@ -23,6 +24,7 @@ def run(
     *,
     form: str = "",
     foreach: bool = False,
+    fused: bool = False,
     package: str = "sf_torch",
 ) -> Trajectory:
     """``form``: "", "Reference" or "Closure", as in the names of the classes."""
@@ -30,7 +32,7 @@ def run(
     # Meta's AdamW Reference says on stdout that it switches modes.
     out = io.StringIO() if package == "meta" else sys.stdout
     with contextlib.redirect_stdout(out), _one_thread():
-        optimizer = build(case, params, package, form, foreach)
+        optimizer = build(case, params, package, form, foreach, fused)
         closure_form = form == "Closure"
         if not closure_form:
             optimizer.train()
@@ -61,8 +63,26 @@ def parameters(case: Case, device: str = "cpu") -> Params:
     }
 
 
+def unfused(case: Case, device: str) -> str | None:
+    """Why the fused kernel can't run the case there, or None."""
+    if not case.optimizer.fuses:
+        return "moves z by another optimizer"
+    if case.is_complex or case.dtype == "float64":
+        return "its arithmetic is in float32"
+    if not works_on(torch.device(device)):
+        return "needs CUDA, or TRITON_INTERPRET=1"
+    if case.dtype == "bfloat16" and device == "cpu":
+        return "Triton's interpreter rounds to bfloat16 towards zero"
+    return None
+
+
 def build(
-    case: Case, params: Params, package: str, form: str = "", foreach: bool = False
+    case: Case,
+    params: Params,
+    package: str,
+    form: str = "",
+    foreach: bool = False,
+    fused: bool = False,
 ) -> Any:
     make = case.optimizer.meta if package == "meta" else case.optimizer.torch
     assert make is not None, case.unsupported(package)
@@ -70,6 +90,7 @@ def build(
         {
             "params": [params[n] for n in leaves],
             **case.optimizer.arguments(options.at(0)),
+            **({"fused": True} if fused else {}),
         }
         for leaves, options in case.group_options
     ]

@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     outcomes = list(outcomes_of(cases, places, arguments.steps, console))
     seconds = time.monotonic() - started
-    skipped = [*absent, *skips(cases)]
+    skipped = [*absent, *skips(cases, places)]
 
     if outcomes:
         console.print(table(outcomes, arguments.all))
@@ -147,7 +147,7 @@ def outcomes_of(
     def place(voice: str) -> str:
         return places.get(VOICES[voice].framework, "cpu")
 
-    pairs = {case: comparisons(case, voices) for case in cases}
+    pairs = {case: comparisons(case, voices, place) for case in cases}
     # JAX compiles in a thread of its own while PyTorch takes its steps in this one.
     with ThreadPoolExecutor(1) as pool:
         ahead = {
@@ -173,16 +173,15 @@ def _in_jax(pair: Pair) -> bool:
     return any(VOICES[voice].framework == "jax" for voice in pair)
 
 
-def skips(cases: list[Case]) -> list[Skip]:
-    """The packages that can't run a case."""
+def skips(cases: list[Case], places: dict[str, str]) -> list[Skip]:
+    """The packages, and the fused kernel, that can't run a case."""
     found = {}
     for case in cases:
         for voice, row in VOICES.items():
-            reason = unsupported(case, voice)
+            reason = unsupported(case, voice, places.get(row.framework, "cpu"))
             if reason and row.package != "golden" and not row.options.get("form"):
-                found[case.name, row.package] = Skip(
-                    f"{case.name} in {row.package}", reason
-                )
+                what = "fused" if row.options.get("fused") else row.package
+                found[case.name, what] = Skip(f"{case.name} in {what}", reason)
     return list(found.values())
 
 

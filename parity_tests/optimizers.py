@@ -36,6 +36,7 @@ class Optimizer:
     meta: Callable[..., Any] | None = None  # the same
     optax: Callable[[Options], GradientTransformation] | None = None
     torch_forms: tuple[str, ...] = ("", "Reference", "Closure")
+    fuses: bool = True  # whether sf_torch has it in one kernel
 
 
 def _seams(o: Options, base: Any, step_size: Callable[[reference.Now], float]) -> Seams:
@@ -219,6 +220,7 @@ OPTIMIZERS = {
             torch=_wrapper(sf_torch),
             meta=_wrapper(schedulefree),
             torch_forms=("", "Reference"),
+            fuses=False,
         ),
     )
 }

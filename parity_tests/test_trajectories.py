@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from parity_tests import tolerances
 from parity_tests.case import Case
@@ -70,7 +71,8 @@ def test_optax_contrib_parts_with_warmup(case: Case) -> None:
 
 @pytest.mark.parametrize("voice", VOICES)
 def test_every_voice_runs_some_case_and_every_refusal_says_why(voice: str) -> None:
-    reasons = [unsupported(case, voice) for case in CASES]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    reasons = [unsupported(case, voice, device) for case in CASES]
     assert None in reasons
     assert all(reason is None or len(reason) > 5 for reason in reasons)
 

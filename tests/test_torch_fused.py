@@ -142,7 +142,7 @@ def test_fused_switches_modes_and_comes_back_to_the_same_y(name, dtype):
 
 
 def test_fused_forms_y_anew_where_x_was_changed():
-    y, x, optimizer = train(OPTIMIZERS["adamw"], fused=True)
+    y, _, optimizer = train(OPTIMIZERS["adamw"], fused=True)
     before = [p.detach().clone() for p in y]
     optimizer.eval()
     with torch.no_grad():
