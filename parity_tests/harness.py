@@ -58,10 +58,8 @@ def _jax(mode: str, store_x: bool = False, most_steps: int = STEPS) -> Voice:
     return Voice("sf_jax", "jax", in_jax.run, options, most_steps, costly)
 
 
-def _torch(
-    form: str = "", foreach: bool = False, fused: bool = False, most_steps: int = STEPS
-) -> Voice:
-    options = {"form": form, "foreach": foreach, "fused": fused}
+def _torch(form: str = "", most_steps: int = STEPS, **ways: bool) -> Voice:
+    options = {"form": form, **ways}
     return Voice("sf_torch", "torch", in_torch.run, options, most_steps)
 
 
@@ -77,6 +75,7 @@ VOICES: dict[str, Voice] = {
     "jax eager, x stored": _jax("eager", True, most_steps=8),
     "torch": _torch(),
     "torch foreach": _torch(foreach=True, most_steps=100),
+    "torch blocks": _torch(blocks=True, most_steps=100),
     "torch fused": _torch(fused=True, most_steps=30),  # slow where interpreted
     "torch Reference": _torch("Reference", most_steps=100),
     "torch Closure": _torch("Closure", most_steps=100),

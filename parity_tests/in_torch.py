@@ -5,12 +5,14 @@ import io
 import sys
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 
 from parity_tests.case import Case
 from parity_tests.trajectory import Trajectory
+from sf_torch import _leaves
 from sf_torch._fused import works_on
 
 Params = dict[str, torch.nn.Parameter]
@@ -25,13 +27,18 @@ def run(
     form: str = "",
     foreach: bool = False,
     fused: bool = False,
+    blocks: bool = False,
     package: str = "sf_torch",
 ) -> Trajectory:
-    """``form``: "", "Reference" or "Closure", as in the names of the classes."""
+    """``form``: "", "Reference" or "Closure", as in the names of the classes.
+
+    ``blocks`` has small tensors go the way that large ones go on CPUs.
+    """
     params = parameters(case, device)
     # Meta's AdamW Reference says on stdout that it switches modes.
     out = io.StringIO() if package == "meta" else sys.stdout
-    with contextlib.redirect_stdout(out), _one_thread():
+    in_blocks = _small_blocks() if blocks else contextlib.nullcontext()
+    with contextlib.redirect_stdout(out), _one_thread(), in_blocks:
         optimizer = build(case, params, package, form, foreach, fused)
         closure_form = form == "Closure"
         if not closure_form:
@@ -53,6 +60,10 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _small_blocks() -> contextlib.AbstractContextManager[Any]:
+    return mock.patch.multiple(_leaves, BLOCK=16, FOR_ONE_THREAD=0)
 
 
 def parameters(case: Case, device: str = "cpu") -> Params:

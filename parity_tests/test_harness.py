@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from parity_tests import tolerances
 from parity_tests.case import Case
@@ -95,3 +96,21 @@ def test_only_the_rounding_of_a_bfloat16_parameter_is_forgiven() -> None:
     assert compare(narrow, Trajectory(right, None, right), "bfloat16").ulps == 0
     further = {"a": np.full((2, 1), 1 + 2.0**-8 + 2.0**-20)}
     assert compare(narrow, Trajectory(further, None, right), "bfloat16").ulps > 7
+
+
+def test_blocks_take_the_one_pass_kernels_that_large_tensors_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = []
+    adam = torch._fused_adam_
+
+    def spy(tensors: Any, *args: Any, **options: Any) -> None:
+        sizes.extend(t.numel() for t in tensors)
+        adam(tensors, *args, **options)
+
+    monkeypatch.setattr(torch, "_fused_adam_", spy)
+    case = BY_NAME["adamw/plain"]
+    run(case, "torch", steps=2)
+    assert sizes == []
+    run(case, "torch blocks", steps=2)
+    assert max(sizes) == 16  # the matrix has 42
