@@ -101,7 +101,7 @@ def test_only_the_rounding_of_a_bfloat16_parameter_is_forgiven() -> None:
 def test_blocks_take_the_one_pass_kernels_that_large_tensors_take(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    sizes = []
+    sizes: list[int] = []
     adam = torch._fused_adam_
 
     def spy(tensors: Any, *args: Any, **options: Any) -> None:

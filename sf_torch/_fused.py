@@ -100,6 +100,7 @@ def step(leaves: Sequence[Leaf], base: BaseStep, scalars: Scalars, kept: Kept) -
             DECAY_AT=_decay_at(base),
             ALIGNED=launch.aligned,
             BLOCK=BLOCK,
+            enable_fp_fusion=True,  # as in PyTorch's own kernels
         )
 
 
@@ -123,6 +124,7 @@ def switch(
             TO_X=to_x,
             ALIGNED=launch.aligned,
             BLOCK=BLOCK,
+            enable_fp_fusion=True,  # as in PyTorch's own kernels
         )
     return [t for t in lean if not _switches(t)]
 
@@ -161,7 +163,8 @@ def _launches(tensors: Iterable[dict[str, Tensor]], kept: Kept) -> Iterator[Laun
     batches: dict[Any, list[dict[str, Tensor]]] = {}
     for arrays in tensors:
         if arrays["param"].numel():
-            aligned = all(t.data_ptr() % 16 == 0 for t in arrays.values())
+            starts = [t.data_ptr() for t in arrays.values()]
+            aligned = all(n % 16 == 0 for n in (*starts, arrays["param"].numel()))
             dtypes = [(row, t.dtype) for row, t in arrays.items()]
             alike = (aligned, arrays["param"].device, *dtypes)
             batches.setdefault(alike, []).append(arrays)

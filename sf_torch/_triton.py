@@ -15,6 +15,18 @@ TYPES = {
 
 
 @triton.jit
+def _block(blocks, sizes, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    which = tl.load(blocks + 2 * program)
+    start = tl.multiple_of(tl.load(blocks + 2 * program + 1), BLOCK)
+    size = tl.load(sizes + which)
+    if ALIGNED:  # 16 bytes are then all inside or all outside, and move at once
+        size = tl.multiple_of(size, 16)
+    offsets = start + tl.arange(0, BLOCK)
+    return which, offsets, offsets < size
+
+
+@triton.jit
 def _pointer(table, at, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     pointer = tl.load(table + at).to(tl.pointer_type(TYPE))
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
@@ -49,11 +61,7 @@ def step_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    which = tl.load(blocks + 2 * program)
-    offsets = tl.load(blocks + 2 * program + 1) + tl.arange(0, BLOCK)
-    mask = offsets < tl.load(table + SIZE_ROW * n + which)
-
+    which, offsets, mask = _block(blocks, table + SIZE_ROW * n, ALIGNED, BLOCK)
     param_at = _pointer(table, PARAM_ROW * n + which, PARAM, ALIGNED) + offsets
     grad_at = _pointer(table, GRAD_ROW * n + which, GRAD, ALIGNED) + offsets
     z_at = _pointer(table, Z_ROW * n + which, tl.float32, ALIGNED) + offsets
@@ -123,11 +131,7 @@ def switch_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    which = tl.load(blocks + 2 * program)
-    offsets = tl.load(blocks + 2 * program + 1) + tl.arange(0, BLOCK)
-    mask = offsets < tl.load(table + 3 * n + which)
-
+    which, offsets, mask = _block(blocks, table + 3 * n, ALIGNED, BLOCK)
     param_at = _pointer(table, which, tl.float32, ALIGNED) + offsets
     z_at = _pointer(table, n + which, tl.float32, ALIGNED) + offsets
     y_at = _pointer(table, 2 * n + which, tl.float32, ALIGNED) + offsets
