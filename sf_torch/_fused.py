@@ -6,18 +6,23 @@ small tensors cost one launch, and reads the numbers of the step from memory, so
 nothing is compiled anew as they change. The formulas are those of
 :mod:`sf_torch._kernels`; arithmetic is in float32.
 
-Parameters that share device, dtypes and the kinds of their state share a launch.
+Parameters that share device, dtypes and the kinds of their state share a launch. What
+the launches need is kept in a :class:`Plan` for as long as nothing moves in memory: to
+look at each of thousands of small tensors takes longer than the step.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter, is_
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sf_torch._averaging import Group
 from sf_torch._kernels import BaseStep, Scalars, lean_coefficients
-from sf_torch._leaves import Leaf, is_master, same_layout
+from sf_torch._leaves import Leaf, is_master, local, same_layout
 
 try:
     import triton
@@ -28,10 +33,7 @@ except ImportError:  # PyTorch's builds for CPUs come without it
 
 BLOCK = 1024  # elements that one program moves
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROWS = ("param", "grad", "z", "x", "y", "exp_avg_sq", "exp_avg")  # of the table
-
-Kept = dict[Any, tuple[list[int], Tensor]]
-"""Integers that went to a device, and where they are there: most do not change."""
+ROWS = ("param", "z", "x", "y", "exp_avg_sq", "exp_avg")  # of the table
 
 
 def works_on(device: torch.device) -> bool:
@@ -83,50 +85,142 @@ def refuse_others(leaves: Sequence[Leaf]) -> None:
         )
 
 
-def step(leaves: Sequence[Leaf], base: BaseStep, scalars: Scalars, kept: Kept) -> None:
-    """Moves y, z, x and the moments of all leaves in place."""
-    for launch in _launches(map(_arrays_of, leaves), kept):
-        arrays, rows = launch.first, list(launch.first)
-        step_kernel[launch.grid](
-            launch.table,
-            launch.blocks,
-            numbers_of(base, scalars, launch.table.device),
-            launch.n,
-            *(rows.index(row) if row in rows else -1 for row in ROWS),
-            SIZE_ROW=len(rows),
-            PARAM=TYPES[arrays["param"].dtype],
-            GRAD=TYPES[arrays["grad"].dtype],
-            MASTER=is_master(arrays["z"], arrays["param"]),
-            DECAY_AT=_decay_at(base),
-            ALIGNED=launch.aligned,
-            BLOCK=BLOCK,
-            enable_fp_fusion=True,  # as in PyTorch's own kernels
+class Plan:
+    """The launches that step some parameters, now and in steps to come.
+
+    Args:
+      params: those that have a gradient.
+      leaves: theirs; the kernel must take them all.
+      options: of their group: what else decides which arrays they have.
+    """
+
+    def __init__(
+        self, params: Sequence[Tensor], leaves: Sequence[Leaf], options: Any
+    ) -> None:
+        grads = [_in_layout_of(leaf.param, leaf.grad) for leaf in leaves]
+        arrays = [{"param": leaf.param, **leaf.state} for leaf in leaves]
+        self.launches = _launches(arrays, grads)
+        self.params, self.options = params, options
+        self.rows = tuple(leaves[0].state)
+        self.copies = [
+            copy
+            for copy, leaf in zip(grads, leaves, strict=True)
+            if copy is not leaf.grad
+        ]
+        # For one step only, where the kernel sees a shard or a copy.
+        self.lasts = (
+            not self.copies
+            and all(local(p) is p for p in params)
+            and all(tuple(leaf.state) == self.rows for leaf in leaves)
         )
+        if self.lasts:
+            self.addresses = [_addresses([a[r] for a in arrays]) for r in arrays[0]]
+            self.grads = _addresses(grads)
+            self.kinds = _kinds(grads)
+
+    def fits(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        state: Mapping[Tensor, Any],
+        options: Any,
+    ) -> bool:
+        """Whether it is good for one more step: takes up gradients that are new."""
+        if (
+            options != self.options
+            or len(params) != len(self.params)
+            or not all(map(is_, params, self.params))
+        ):
+            return False
+        states = [state[p] for p in params]
+        if any(len(s) != len(self.rows) for s in states):
+            return False
+        try:
+            tensors = [params, *([s[row] for s in states] for row in self.rows)]
+        except KeyError:
+            return False
+        if [_addresses(row) for row in tensors] != self.addresses:
+            return False
+        if _kinds(grads) != self.kinds:
+            return False
+        before, self.grads = self.grads, _addresses(grads)
+        return self.grads == before or all(
+            launch.take_up(self.grads) for launch in self.launches
+        )
+
+    @property
+    def tables(self) -> list[Tensor]:
+        """What the kernel reads besides parameters, gradients and state."""
+        return [t for ln in self.launches for t in (ln.table, ln.grads, ln.blocks)]
+
+    def step(self, base: BaseStep, scalars: Scalars) -> None:
+        """Moves y, z, x and the moments of all in place."""
+        for launch in self.launches:
+            numbers = numbers_of(base, scalars, launch.table.device)
+            step_kernel[launch.grid](
+                launch.table,
+                launch.grads,
+                launch.blocks,
+                numbers,
+                len(launch.members),
+                *(launch.rows.index(r) if r in launch.rows else -1 for r in ROWS),
+                SIZE_ROW=len(launch.rows),
+                PARAM=TYPES[launch.param],
+                GRAD=TYPES[launch.grad],
+                MASTER=launch.master,
+                DECAY_AT=_decay_at(base),
+                ALIGNED=launch.aligned,
+                BLOCK=BLOCK,
+                enable_fp_fusion=True,  # as in PyTorch's own kernels
+            )
+
+
+def is_captured(plan: Plan) -> bool:
+    """Whether a CUDA graph is being made of the step."""
+    return plan.params[0].is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _kinds(grads: Sequence[Tensor]) -> list[Any]:
+    """Dtypes, and strides where they say more than that all are contiguous."""
+    dtypes = list(map(attrgetter("dtype"), grads))
+    if all(map(Tensor.is_contiguous, grads)):
+        return dtypes
+    return [*dtypes, *map(Tensor.stride, grads)]
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def _in_layout_of(param: Tensor, grad: Tensor) -> Tensor:
+    if same_layout([grad, param]):
+        return grad
+    return torch.empty_like(param, dtype=grad.dtype).copy_(grad)
 
 
 def switch(
-    lean: Iterable[Sequence[Tensor]], b1: float, to_x: bool, kept: Kept
+    lean: Iterable[Sequence[Tensor]], b1: float, to_x: bool
 ) -> list[Sequence[Tensor]]:
     """Exchanges y for x in each (param, z, kept y), or x for y.
 
     Returns those that the kernel cannot take.
     """
     lean = list(lean)
-    taken = [t for t in lean if _switches(t)]
-    rows = [dict(zip(("param", "z", "y"), t, strict=True)) for t in taken]
-    for launch in _launches(rows, kept):
+    taken = [tensors for tensors in lean if _switches(tensors)]
+    arrays = [dict(zip(("param", "z", "y"), t, strict=True)) for t in taken]
+    for launch in _launches(arrays):
         switch_kernel[launch.grid](
             launch.table,
             launch.blocks,
-            launch.n,
+            len(launch.members),
             1 - 1 / b1,
             1 - b1,
             TO_X=to_x,
             ALIGNED=launch.aligned,
             BLOCK=BLOCK,
-            enable_fp_fusion=True,  # as in PyTorch's own kernels
+            enable_fp_fusion=True,
         )
-    return [t for t in lean if not _switches(t)]
+    return [tensors for tensors in lean if not _switches(tensors)]
 
 
 def _switches(tensors: Sequence[Tensor]) -> bool:
@@ -137,54 +231,71 @@ def _switches(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def _arrays_of(leaf: Leaf) -> dict[str, Tensor]:
-    """By row of the table, in the order of :data:`ROWS`."""
-    arrays = {"param": leaf.param, "grad": leaf.grad, **leaf.state}
-    if not same_layout([leaf.grad, leaf.param]):
-        arrays["grad"] = torch.empty_like(leaf.param).copy_(leaf.grad)
-    return {row: arrays[row] for row in ROWS if row in arrays}
+@dataclass
+class Launch:
+    """Parameters that are alike, and where on their device the kernel finds them."""
 
-
-class Launch(NamedTuple):
-    """Tensors that are alike, and where the kernel finds them."""
-
-    first: dict[str, Tensor]  # the arrays of one of them, by row of the table
-    n: int
-    table: Tensor
-    blocks: Tensor
+    members: list[int]  # their places among those it was made of
+    rows: list[str]
+    param: torch.dtype
+    grad: torch.dtype
+    master: bool
     aligned: bool
+    table: Tensor  # addresses by row and member; the sizes are the last row
+    grads: Tensor  # addresses
+    blocks: Tensor
 
     @property
     def grid(self) -> tuple[int]:
         return (len(self.blocks) // 2,)
 
+    def take_up(self, grads: Sequence[int]) -> bool:
+        """Gradients at other addresses; whether it can."""
+        mine = [grads[i] for i in self.members]
+        if self.aligned and any(address % 16 for address in mine):
+            return False
+        self.grads = _on_device(mine, self.table.device)
+        return True
 
-def _launches(tensors: Iterable[dict[str, Tensor]], kept: Kept) -> Iterator[Launch]:
-    batches: dict[Any, list[dict[str, Tensor]]] = {}
-    for arrays in tensors:
-        if arrays["param"].numel():
-            starts = [t.data_ptr() for t in arrays.values()]
-            aligned = all(n % 16 == 0 for n in (*starts, arrays["param"].numel()))
-            dtypes = [(row, t.dtype) for row, t in arrays.items()]
-            alike = (aligned, arrays["param"].device, *dtypes)
-            batches.setdefault(alike, []).append(arrays)
-    for alike, batch in batches.items():
-        aligned, device, *_ = alike
-        sizes = [arrays["param"].numel() for arrays in batch]
-        table = [arrays[row].data_ptr() for row in batch[0] for arrays in batch]
+
+def _launches(
+    arrays: Sequence[dict[str, Tensor]], grads: Sequence[Tensor] = ()
+) -> list[Launch]:
+    batches: dict[Any, list[int]] = {}
+    for i, each in enumerate(arrays):
+        param = each["param"]
+        if param.numel():
+            tensors = [*each.values(), *grads[i : i + 1]]
+            starts = [t.data_ptr() for t in tensors]
+            aligned = all(n % 16 == 0 for n in (*starts, param.numel()))
+            alike = (aligned, param.device, *each, *(t.dtype for t in tensors))
+            batches.setdefault(alike, []).append(i)
+    launches = []
+    for (aligned, device, *_), members in batches.items():
+        first = arrays[members[0]]
+        rows = [row for row in ROWS if row in first]
+        sizes = [arrays[i]["param"].numel() for i in members]
+        table = [arrays[i][row].data_ptr() for row in rows for i in members]
         blocks = [
             value
             for which, size in enumerate(sizes)
             for start in range(0, size, BLOCK)
             for value in (which, start)
         ]
-        yield Launch(
-            batch[0],
-            len(batch),
-            _on_device(kept, (alike, "table"), table + sizes, device),
-            _on_device(kept, (alike, "blocks"), blocks, device),
-            aligned,
+        launches.append(
+            Launch(
+                members,
+                rows,
+                first["param"].dtype,
+                grads[members[0]].dtype if grads else first["param"].dtype,
+                is_master(first["z"], first["param"]),
+                aligned,
+                _on_device(table + sizes, device),
+                _on_device([grads[i].data_ptr() for i in members if grads], device),
+                _on_device(blocks, device),
+            )
         )
+    return launches
 
 
 def _decay_at(base: BaseStep) -> str:
@@ -214,16 +325,20 @@ def numbers_of(base: BaseStep, scalars: Scalars, device: torch.device) -> Tensor
         1 - 1 / scalars.b1 if scalars.b1 else 0.0,
     ]
     if any(isinstance(number, Tensor) for number in numbers):
+        # Filled there: a CUDA graph takes no copies from the host.
         return torch.stack(
-            [torch.as_tensor(n, dtype=torch.float64, device=device) for n in numbers]
+            [
+                n.to(device, torch.float64)
+                if isinstance(n, Tensor)
+                else torch.full((), n, dtype=torch.float64, device=device)
+                for n in numbers
+            ]
         )
     return _copied(torch.tensor(numbers, dtype=torch.float64), device)
 
 
-def _on_device(kept: Kept, key: Any, values: list[int], device: torch.device) -> Tensor:
-    if key not in kept or kept[key][0] != values:
-        kept[key] = values, _copied(torch.tensor(values), device)
-    return kept[key][1]
+def _on_device(integers: Sequence[int], device: torch.device) -> Tensor:
+    return _copied(torch.from_numpy(np.array(integers, np.int64)), device)
 
 
 def _copied(tensor: Tensor, device: torch.device) -> Tensor:

@@ -17,9 +17,7 @@ from sf_torch._leaves import in_blocks, local
 State = dict[str, Tensor]  # of one parameter
 
 
-def to_x(
-    moved: Sequence[tuple[Tensor, State]], b1: float, fuses: bool, kept: _fused.Kept
-) -> None:
+def to_x(moved: Sequence[tuple[Tensor, State]], b1: float, fuses: bool) -> None:
     """Lets parameters that hold y be x."""
     lean = []
     for param, state in moved:
@@ -28,15 +26,13 @@ def to_x(
         else:
             state["y"] = torch.empty_like(param).detach()
             lean.append([local(t) for t in (param.detach(), state["z"], state["y"])])
-    for tensors in _fused.switch(lean, b1, True, kept) if fuses else lean:
+    for tensors in _fused.switch(lean, b1, True) if fuses else lean:
         for p, z, y in in_blocks(tensors):
             y.copy_(p)
             p.copy_(recover_x(*wide(p, z), b1)[0])
 
 
-def to_y(
-    moved: Sequence[tuple[Tensor, State]], b1: float, fuses: bool, kept: _fused.Kept
-) -> None:
+def to_y(moved: Sequence[tuple[Tensor, State]], b1: float, fuses: bool) -> None:
     """Lets parameters that hold x be y: that which was left, if they still hold it."""
     lean = []
     for param, state in moved:
@@ -46,7 +42,7 @@ def to_y(
         else:
             three = (param.detach(), state["z"], state.pop("y"))
             lean.append([local(t) for t in three])
-    for tensors in _fused.switch(lean, b1, False, kept) if fuses else lean:
+    for tensors in _fused.switch(lean, b1, False) if fuses else lean:
         for p, z, y in in_blocks(tensors):
             left = recover_x(*wide(y, z), b1)[0]
             if p.is_cpu and torch.equal(left, p):  # elsewhere asking takes longer

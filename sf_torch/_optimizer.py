@@ -17,6 +17,8 @@ References:
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
+from itertools import compress
+from operator import not_
 from typing import Any
 
 import torch
@@ -109,12 +111,8 @@ class ScheduleFree(torch.optim.Optimizer):
                 # Without z it has not moved yet: x, y and z are one.
                 states = [(p, self.state.get(p) or {}) for p in group["params"]]
                 moved = [(p, state) for p, state in states if "z" in state]
-                switch(moved, group["b1"], self._fuses(group), self._on_device)
+                switch(moved, group["b1"], self._fuses(group))
                 group["train_mode"] = training
-
-    @property
-    def _on_device(self) -> _fused.Kept:
-        return self.__dict__.setdefault("_kept", {})
 
     @torch.no_grad()
     def eval_params(self, dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -279,8 +277,8 @@ class ScheduleFree(torch.optim.Optimizer):
     @torch.compiler.disable
     def _check_gradients(self) -> None:
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and p.grad.is_sparse:
+            for grad in [p.grad for p in group["params"]]:
+                if grad is not None and grad.is_sparse:
                     raise RuntimeError(
                         "sparse gradients are not supported: z, x and y are dense. "
                         "Build the embedding with sparse=False."
@@ -314,21 +312,46 @@ class ScheduleFree(torch.optim.Optimizer):
         return steps
 
     def _step_group(self, group: Group) -> None:
-        leaves = [self._leaf(p, group) for p in group["params"] if p.grad is not None]
-        fuses = self._fuses(group)
-        fused = [leaf for leaf in leaves if fuses and _fused.takes(leaf)]
-        others = [leaf for leaf in leaves if not (fuses and _fused.takes(leaf))]
+        plan, others = self._plan(group)
         if self._captures(group):
             _fused.refuse_others(others)
             to_device(group, group["params"][0].device)
         scalars = self._scalars(group)
         base = self._base_step(group, scalars.lr)
-        if fused:
-            _fused.step(fused, base, scalars, self._on_device)
+        if plan is not None:
+            plan.step(base, scalars)
+            if self._captures(group) and _fused.is_captured(plan):
+                # The graph reads them whenever it is replayed.
+                self.__dict__.setdefault("_captured", []).append(plan.tables)
         together = group.get("foreach") is not False
         for batch in gather(others, group["b1"], together):
             batch.advance(lambda leaves: self._move_z(leaves, base), scalars)
         self._end_step(group, scalars)
+
+    def _plan(self, group: Group) -> tuple[_fused.Plan | None, list[Leaf]]:
+        """The fused kernel's part of the step, and the parameters that it leaves."""
+        plans = self.__dict__.setdefault("_plans", {})
+        found = [(p, grad) for p in group["params"] if (grad := p.grad) is not None]
+        params, grads = zip(*found, strict=True) if found else ((), ())
+        # What decides on the arrays that a parameter has, and on how they move.
+        options = [group.get(key) for key in ("fused", "foreach", "state_dtype")]
+        kind = (*options, self._stores_x(group), self._moments(group))
+        plan = plans.pop(id(group), None)
+        if plan is not None and plan.fits(params, grads, self.state, kind):
+            plans[id(group)] = plan
+            return plan, []
+        leaves = [self._leaf(p, group) for p in params]
+        fuses = self._fuses(group)
+        taken = [fuses and _fused.takes(leaf) for leaf in leaves]
+        if not any(taken):
+            return None, leaves
+        mine = list(compress(leaves, taken))
+        plan = _fused.Plan(tuple(compress(params, taken)), mine, kind)
+        if len(mine) < len(leaves):
+            return plan, list(compress(leaves, map(not_, taken)))
+        if plan.lasts:
+            plans[id(group)] = plan
+        return plan, []
 
     def _leaf(self, p: Tensor, group: Group) -> Leaf:
         state = {k: local(value) for k, value in self._state_of(p, group).items()}

@@ -43,11 +43,11 @@ def _lerp(a, b, weight):
 @triton.jit(do_not_specialize=["n"])
 def step_kernel(
     table,  # (rows, n) int64: addresses, and sizes in the last row
+    grads,  # (n,) int64: addresses
     blocks,  # (programs, 2) int64: which tensor, and where the block starts in it
     numbers,  # (14,) float64: see _fused.numbers_of
     n,
     PARAM_ROW: tl.constexpr,
-    GRAD_ROW: tl.constexpr,
     Z_ROW: tl.constexpr,
     X_ROW: tl.constexpr,
     Y_ROW: tl.constexpr,
@@ -63,7 +63,7 @@ def step_kernel(
 ):
     which, offsets, mask = _block(blocks, table + SIZE_ROW * n, ALIGNED, BLOCK)
     param_at = _pointer(table, PARAM_ROW * n + which, PARAM, ALIGNED) + offsets
-    grad_at = _pointer(table, GRAD_ROW * n + which, GRAD, ALIGNED) + offsets
+    grad_at = _pointer(grads, which, GRAD, ALIGNED) + offsets
     z_at = _pointer(table, Z_ROW * n + which, tl.float32, ALIGNED) + offsets
     g = tl.load(grad_at, mask=mask).to(tl.float32)
     z = tl.load(z_at, mask=mask)

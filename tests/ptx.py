@@ -27,13 +27,15 @@ def step(rows, dtype=torch.float32, aligned=True):
     """The step over these rows of the table."""
     numbered = {
         f"{short}_ROW": rows.index(row) if row in rows else -1
-        for short, row in zip(
-            ("PARAM", "GRAD", "Z", "X", "Y", "V", "M"), ROWS, strict=True
-        )
+        for short, row in zip(("PARAM", "Z", "X", "Y", "V", "M"), ROWS, strict=True)
     }
     return compiled(
         step_kernel,
-        {"table": "*i64", "blocks": "*i64", "numbers": "*fp64", "n": "i32"},
+        {
+            **dict.fromkeys(("table", "grads", "blocks"), "*i64"),
+            "numbers": "*fp64",
+            "n": "i32",
+        },
         SIZE_ROW=len(rows),
         PARAM=TYPES[dtype],
         GRAD=TYPES[dtype],
@@ -94,14 +96,12 @@ def stack(cubin):
     return int(re.search(r"STACK:(\d+)", usage.stdout)[1])
 
 
-ADAMW = ("param", "grad", "z", "exp_avg_sq")
+ADAMW = ("param", "z", "exp_avg_sq")
 KERNELS = {
-    "sgd": lambda: step(("param", "grad", "z")),
+    "sgd": lambda: step(("param", "z")),
     "adamw": lambda: step(ADAMW),
     "adamw_momentum": lambda: step((*ADAMW, "exp_avg")),
-    "adamw_bfloat16": lambda: step(
-        ("param", "grad", "z", "x", "exp_avg_sq"), torch.bfloat16
-    ),
+    "adamw_bfloat16": lambda: step(("param", "z", "x", "exp_avg_sq"), torch.bfloat16),
     "adamw_unaligned": lambda: step(ADAMW, aligned=False),
     "to_x": lambda: switch(True),
     "to_y": lambda: switch(False),

@@ -4,6 +4,7 @@ Without a GPU it runs in Triton's interpreter (see conftest.py), which shows tha
 logic is right; its speed and its code for GPUs need one.
 """
 
+import copy
 from functools import partial
 
 import pytest
@@ -167,6 +168,75 @@ def test_a_switch_is_one_launch_for_all_that_is_alike(monkeypatch):
     monkeypatch.setattr(_fused, "switch_kernel", Spy())
     optimizer.eval()
     assert len(grids) == 2  # aligned and not
+
+
+def new_gradients(params, optimizer):
+    """Which is what every step brings."""
+
+
+def another_state_tensor(params, optimizer):
+    state = optimizer.state[params[0]]
+    state["z"] = state["z"].clone()
+
+
+def other_memory(params, optimizer):
+    params[4].data = params[4].data.clone()
+
+
+def a_loaded_state(params, optimizer):
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def no_gradient(params, optimizer):
+    params[4].grad = None
+
+
+def a_gradient_off_alignment(params, optimizer):
+    grad = params[4].grad
+    params[4].grad = torch.empty(grad.numel() + 1, device=DEVICE)[1:].view_as(grad)
+    params[4].grad.copy_(grad)
+
+
+def a_gradient_in_another_layout(params, optimizer):
+    params[4].grad = params[4].grad.T.contiguous().T
+
+
+def no_interpolation(params, optimizer):
+    optimizer.param_groups[0]["betas"] = (0.0, 0.99)
+
+
+@pytest.mark.parametrize(
+    ("happens", "plans"),
+    [
+        (new_gradients, 1),
+        (another_state_tensor, 2),
+        (other_memory, 2),
+        (a_loaded_state, 2),
+        (no_gradient, 3),  # and another one when it is back
+        (a_gradient_off_alignment, 2),  # which takes others as well
+        (a_gradient_in_another_layout, 3),
+        (no_interpolation, 2),
+    ],
+)
+def test_a_plan_lasts_until_something_moves(happens, plans, monkeypatch):
+    def run(fused):
+        params = make_params()[:-1]  # the last one's gradients are copied every time
+        optimizer = OPTIMIZERS["adamw"](params, fused=fused)
+        optimizer.train()
+        for k in range(6):
+            for i, p in enumerate(params):
+                p.grad = torch.cos(p.detach() + k + i)
+            if k == 3:
+                happens(params, optimizer)
+            optimizer.step()
+        return optimizer.eval_params()
+
+    made = []
+    Plan = _fused.Plan
+    monkeypatch.setattr(_fused, "Plan", lambda *a: made.append(1) or Plan(*a))
+    x = run(True)
+    assert len(made) == plans
+    assert_close(x, run(False), 8 * 2**-24)
 
 
 def test_nothing_is_compiled_anew_as_the_numbers_change(launches):
