@@ -27,6 +27,7 @@ References:
   https://github.com/mlcommons/algorithmic-efficiency (the competition)
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -111,11 +112,13 @@ def numerator(
 def denominator(
     nu: jax.Array, correction: jax.Array, eps: jax.typing.ArrayLike
 ) -> jax.Array:
-    """``sqrt(v / correction) + eps``, and never 0."""
+    """``sqrt(v / correction) + eps``, with eps at least the root of the smallest v.
+
+    While all gradients are 0, so is v, and with eps = 0 a step would be 0 / 0. And a
+    gradient may be so small that its square is 0: over less, it would throw z far off.
+    """
     nu = widen(nu)
-    # While all gradients are 0, so is v, and with eps = 0 a step would be 0 / 0. The
-    # smallest normal number changes no root of a v that is not 0.
-    least = jnp.maximum(like(eps, nu), jnp.finfo(nu.dtype).tiny)
+    least = jnp.maximum(like(eps, nu), math.sqrt(jnp.finfo(nu.dtype).tiny))
     return jnp.sqrt(nu / like(correction, nu)) + least
 
 
