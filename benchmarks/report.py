@@ -70,6 +70,7 @@ def show(rows: Sequence[Row], machine: str, console: Console | None = None) -> N
 def write(
     directory: Path, rows: Sequence[Row], about: dict[str, Any], seconds: float
 ) -> None:
+    """All rows, and the picture of the last one's experiment: others are as before."""
     directory.mkdir(parents=True, exist_ok=True)
     content = {
         **about,
@@ -78,7 +79,8 @@ def write(
     }
     (directory / "results.json").write_text(json.dumps(content, indent=1) + "\n")
     (directory / "results.md").write_text(markdown(rows, about))
-    _plot(directory, rows, about["machine"])
+    last = rows[-1].experiment
+    _plot(directory, last, [r for r in rows if r.experiment == last], about["machine"])
 
 
 def markdown(rows: Sequence[Row], about: dict[str, Any]) -> str:
@@ -129,18 +131,18 @@ def _by_tree(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
         yield f"{key[0]} | {key[1]}{floor}".replace(" | ", ", "), group
 
 
-def _plot(directory: Path, rows: Sequence[Row], machine: str) -> None:
+def _plot(directory: Path, experiment: str, rows: Sequence[Row], machine: str) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    for experiment, draw in (
-        (STEPS, _bars),
-        (LEAVES, _growth("tensors", "tensors of 1K")),
-        (PARAMETERS, _growth("parameters", "parameters in one tensor")),
-    ):
-        measured = [r for r in rows if r.experiment == experiment and r.median_ms]
-        if measured:
-            draw(directory / f"{experiment}.png", measured, machine)
+    draw = {
+        STEPS: _bars,
+        LEAVES: _growth("tensors", "tensors of 1K"),
+        PARAMETERS: _growth("parameters", "parameters in one tensor"),
+    }[experiment]
+    measured = [row for row in rows if row.median_ms]
+    if measured:
+        draw(directory / f"{experiment}.png", measured, machine)
 
 
 def _bars(path: Path, rows: Sequence[Row], machine: str) -> None:

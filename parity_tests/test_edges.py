@@ -18,11 +18,13 @@ import torch
 import sf_jax
 import sf_torch
 from parity_tests import reference
+from parity_tests.family import FAMILY, FamilyOptions
 from parity_tests.optimizers import OPTIMIZERS
 from parity_tests.options import Linear, Options
 
 Tree = dict[str, np.ndarray]
 
+ROWS = OPTIMIZERS | FAMILY
 NAMES = ("sgd", "adamw", "radam")
 SHAPES = {"matrix": (2, 3), "scalar": (), "empty": (0, 3)}
 ULPS = 8  # of ten steps, some twice as long as the weights
@@ -48,6 +50,13 @@ def zeros(like: Tree = START) -> Tree:
     return {name: np.zeros_like(leaf) for name, leaf in like.items()}
 
 
+def cast(leaves: Tree, dtype: str) -> Tree:
+    """In float64, or rounded to narrower dtypes and float32 again."""
+    narrow = {name: np.asarray(leaf, jnp.dtype(dtype)) for name, leaf in leaves.items()}
+    wide = np.float64 if dtype == "float64" else np.float32
+    return {name: leaf.astype(wide) for name, leaf in narrow.items()}
+
+
 @dataclasses.dataclass
 class End:
     """Where a run ended."""
@@ -57,12 +66,20 @@ class End:
     z: Tree
 
 
-def in_jax(tx: Any, grads: Sequence[Tree], start: Tree = START) -> End:
-    params = jax.tree.map(jnp.asarray, start)
+LOSS = 1.0  # for ScheduleFree+, which asks for it
+
+
+def in_jax(
+    tx: Any, grads: Sequence[Tree], start: Tree = START, dtype: str | None = None
+) -> End:
+    def to_jax(leaves: Tree) -> Any:
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), leaves)
+
+    params = to_jax(start)
     state = tx.init(params)
     for g in grads:
         # Not jitted: a few steps of small leaves take less than compiling them.
-        updates, state = tx.update(jax.tree.map(jnp.asarray, g), state, params)
+        updates, state = tx.update(to_jax(g), state, params, value=LOSS)
         params = optax.apply_updates(params, updates)
         assert_finite((params, state))
     x, z = sf_jax.eval_params(state, params), state.z
@@ -71,23 +88,34 @@ def in_jax(tx: Any, grads: Sequence[Tree], start: Tree = START) -> End:
 
 
 def in_torch(
-    build: Any, grads: Sequence[Any], start: Tree = START, each: Any = None
+    build: Any,
+    grads: Sequence[Any],
+    start: Tree = START,
+    dtype: str | None = None,
+    each: Any = None,
 ) -> End:
-    params = {n: torch.nn.Parameter(torch.tensor(p)) for n, p in start.items()}
+    def to_torch(leaf: Any) -> torch.Tensor:
+        return torch.tensor(leaf, dtype=getattr(torch, dtype) if dtype else None)
+
+    params = {n: torch.nn.Parameter(to_torch(p)) for n, p in start.items()}
     optimizer = build(list(params.values()))
     optimizer.train()
     for k, g in enumerate(grads):
         if each is not None:
             each(optimizer, k)
         for n, p in params.items():
-            p.grad = None if g[n] is None else torch.tensor(g[n])
-        optimizer.step()
+            p.grad = None if g[n] is None else to_torch(g[n])
+        optimizer.step(lambda: LOSS)
         assert_finite([*params.values(), *state_of(optimizer)])
     x = dict(zip(params, optimizer.eval_params(), strict=True))
     z = {n: optimizer.state[p].get("z", p) for n, p in params.items()}
     assert_finite(list(x.values()))
-    ends = (params, x, z)
-    return End(*({n: t.detach().numpy() for n, t in end.items()} for end in ends))
+    return End(*(jax.tree.map(to_numpy, end) for end in (params, x, z)))
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def in_reference(seams: Any, grads: Sequence[Any], start: Tree = START) -> End:
@@ -121,7 +149,7 @@ def assert_close(ours: Tree, truth: Tree, ulps: float = ULPS) -> None:
 
 def run(framework: str, name: str, options: Options, grads: Any, **more: Any) -> End:
     """The registry's optimizer of this name."""
-    row = OPTIMIZERS[name]
+    row = ROWS[name]
     if framework == "jax":
         return in_jax(row.jax(options, False), grads, **more)
     start = options.at(0)
@@ -229,14 +257,67 @@ def test_b1_of_1_takes_gradients_at_the_average(framework, name):
     assert_close(end.x, in_reference(OPTIMIZERS[name].reference(options), GRADS).x)
 
 
-@both
-@each_optimizer
+OVER_ROOTS = ("adamw", "adamw_paper", "adamw_algoperf", "radam", "refined", "gpa")
+any_optimizer = pytest.mark.parametrize(
+    ("framework", "name"),
+    [
+        (framework, name)
+        for name in ("sgd", *OVER_ROOTS, "plus", "prodigy")
+        for framework in ("jax", "torch")
+        if framework == "jax" or ROWS[name].torch is not None
+    ],
+)
+
+
+@any_optimizer
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize(
+    ("eps", "inner_momentum"), [(1e-8, 0.0), (0.0, 0.0), (0.0, 0.9)]
+)
+def test_where_gradients_are_zero_weights_stay(
+    framework, name, dtype, eps, inner_momentum
+):
+    start, *grads = (cast(t, dtype) for t in TREES[:5])
+    for g in grads:
+        g["matrix"][0] = 0.0
+    options = FamilyOptions(
+        lr=0.05, eps=eps, inner_momentum=inner_momentum, silent_sgd_phase=False, d0=1.0
+    )
+    with jax.enable_x64(dtype == "float64"):
+        end = run(framework, name, options, grads, start=start, dtype=dtype)
+    for leaves in (end.y, end.x, end.z):
+        np.testing.assert_array_equal(leaves["matrix"][0], start["matrix"][0])
+        assert np.all(leaves["matrix"][1] != start["matrix"][1])
+
+
+@any_optimizer
 @pytest.mark.parametrize("eps", [1e-8, 0.0])
 def test_gradients_of_zero_leave_the_weights_alone(framework, name, eps):
-    options = Options(lr=0.05, eps=eps, silent_sgd_phase=False)
+    options = FamilyOptions(lr=0.05, eps=eps, silent_sgd_phase=False)
     end = run(framework, name, options, [zeros()] * 8)
     for leaves in (end.y, end.x, end.z):
         assert_close(leaves, START, 0)
+
+
+@both
+@pytest.mark.parametrize("name", OVER_ROOTS)
+@pytest.mark.parametrize("inner_momentum", [0.0, 0.9])
+@pytest.mark.parametrize("scale", [1e-17, 1e-19, 1e-25])
+def test_gradients_whose_squares_vanish_do_not_throw_the_weights_off(
+    framework, name, inner_momentum, scale
+):
+    """Without eps, which hides it: v is 0, and g is not."""
+    lr, b2 = 0.05, 0.999
+    options = FamilyOptions(
+        lr=lr, b2=b2, eps=0.0, inner_momentum=inner_momentum, silent_sgd_phase=False
+    )
+    grads = [{n: np.float32(scale) * g for n, g in t.items()} for t in GRADS]
+    end = run(framework, name, options, grads)
+    # The longest step that Adam takes, that of a gradient after none.
+    most = len(grads) * lr / np.sqrt(1 - b2)
+    for leaves in (end.y, end.x, end.z):
+        for n, leaf in leaves.items():
+            assert np.all(np.abs(leaf - START[n]) <= most)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ References:
   https://github.com/mlcommons/algorithmic-efficiency (the competition)
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -111,12 +112,20 @@ def numerator(
 def denominator(
     nu: jax.Array, correction: jax.Array, eps: jax.typing.ArrayLike
 ) -> jax.Array:
-    """``sqrt(v / correction) + eps``, and never 0."""
+    """``sqrt(v / correction) + eps``"""
     nu = widen(nu)
-    # While all gradients are 0, so is v, and with eps = 0 a step would be 0 / 0. The
-    # smallest normal number changes no root of a v that is not 0.
-    least = jnp.maximum(like(eps, nu), jnp.finfo(nu.dtype).tiny)
-    return jnp.sqrt(nu / like(correction, nu)) + least
+    return jnp.sqrt(nu / like(correction, nu)) + like(positive_eps(eps, nu.dtype), nu)
+
+
+def positive_eps(
+    eps: jax.typing.ArrayLike, dtype: jax.typing.DTypeLike = jnp.float32
+) -> jax.Array:
+    """eps, but at least the root of the smallest normal v of this dtype.
+
+    While all gradients are 0, so is v, and 0 / 0 is NaN. And a gradient may be so small
+    that its square is 0: over anything less, it would throw z far off.
+    """
+    return jnp.maximum(eps, math.sqrt(jnp.finfo(dtype).tiny))
 
 
 def abs_squared(g: jax.Array) -> jax.Array:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import optax
 
 from sf_jax import _averaging, _checks
+from sf_jax._adamw import positive_eps
 from sf_jax._double import scalar_dtype
 from sf_jax._schedule_free import schedule_free
 
@@ -161,7 +162,7 @@ def schedule_free_muon(
     muon = optax.contrib.muon(
         lr,
         beta=momentum,
-        eps=eps,
+        eps=positive_eps(eps),
         weight_decay=weight_decay,
         adam_b1=0.0,  # β takes its place
         adam_b2=b2,

@@ -69,12 +69,11 @@ def polyak_step_size(
                 "value=loss), with loss from jax.value_and_grad. Under other "
                 "transformations use optax.chain, which hands value on."
             )
-        towards_x = jax.tree.map(_inner, grads, iterates.z, iterates.x)
-        norm = math.sqrt(math.pi / 2) * _total(jax.tree.map(jnp.abs, grads))
+        norm = math.sqrt(math.pi / 2) * _total(jax.tree.map(_sum_abs, grads))
         mean = polyak_beta * state.grad_l1 + (1 - polyak_beta) * norm
         corrected = mean / one_minus_power(polyak_beta, count)
         beta = sf_beta1(count) if callable(sf_beta1) else sf_beta1
-        gap = jnp.asarray(loss, scalar_dtype()) + beta * _total(towards_x)
+        gap = jnp.asarray(loss, scalar_dtype()) - beta * _inner(grads, iterates)
         # Without a gradient there is no direction either, and any step will do.
         ratio = jnp.where(corrected > 0, jnp.maximum(gap, 0) / corrected, 0.0)
         lr, least = scheduled(count), double(eps)
@@ -206,10 +205,34 @@ def schedule_free_plus(
     )
 
 
-def _inner(g: jax.Array, z: jax.Array, x: jax.Array) -> jax.Array:
-    return jnp.real(jnp.conj(widen(g)) * (widen(z) - widen(x)))
+def _inner(grads: optax.Updates, iterates: Iterates) -> jax.Array:
+    """``Σ g·(x - z)``, with ``(y - z) / β`` for ``x - z`` where x is not stored.
+
+    Neither z - x nor z - y: those move x and y later on, and XLA would keep them from
+    here to there, an array a leaf.
+    """
+
+    def of_leaf(g: jax.Array, y: jax.Array, z: jax.Array, x: Any) -> jax.Array:
+        lean = isinstance(x, optax.MaskedNode)
+        way = widen(y if lean else x) - widen(z)
+        total = _sum(jnp.real(jnp.conj(widen(g)) * way))
+        # After the sum: before, XLA for CPUs would make an array of 1 / β.
+        return total / iterates.b1 if lean else total
+
+    return _total(
+        jax.tree.map(of_leaf, grads, iterates.y, iterates.z, iterates.stored_x)
+    )
 
 
-def _total(tree: optax.Updates) -> jax.Array:
-    sums = [jnp.sum(leaf, dtype=scalar_dtype()) for leaf in jax.tree.leaves(tree)]
-    return functools.reduce(jnp.add, sums, jnp.zeros((), scalar_dtype()))
+def _sum_abs(leaf: jax.Array) -> jax.Array:
+    return _sum(jnp.abs(leaf))
+
+
+def _sum(leaf: jax.Array) -> jax.Array:
+    return jnp.sum(leaf, dtype=scalar_dtype())
+
+
+def _total(sums: optax.Updates) -> jax.Array:
+    """Of a tree of numbers; 0 of an empty one."""
+    zero = jnp.zeros((), scalar_dtype())
+    return functools.reduce(jnp.add, jax.tree.leaves(sums), zero)

@@ -10,10 +10,14 @@ References:
   Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
 """
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import optax
 
 from sf_jax import _averaging, _checks
+from sf_jax._adamw import positive_eps
 from sf_jax._schedule_free import schedule_free
 
 
@@ -92,13 +96,13 @@ def schedule_free_prodigy(
     prodigy = optax.contrib.prodigy(
         lambda count: step_size(count).hi,
         betas=(inner_momentum, b2),
-        eps=eps,
+        eps=positive_eps(eps),
         estim_lr0=estim_lr0,
         estim_lr_coef=estim_lr_coef,
         weight_decay=weight_decay,
     )
     return schedule_free(
-        prodigy,
+        _from_the_first_gradient(prodigy),
         lambda count: step_size(count).hi,
         b1,
         weight_lr_power,
@@ -109,3 +113,20 @@ def schedule_free_prodigy(
         lr_scale=lambda state: state.estim_lr,
         store_x=store_x,
     )
+
+
+def _from_the_first_gradient(
+    prodigy: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    """Prodigy that waits: while all gradients were 0, its estimate of d is 0 / 0."""
+
+    def update(
+        grads: optax.Updates, before: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, Any]:
+        updates, after = prodigy.update(grads, before, params)
+        seen = optax.tree.sum(jax.tree.map(jnp.abs, after.grad_sum)) > 0
+        d = jnp.where(seen, after.estim_lr, before.estim_lr)
+        updates = jax.tree.map(lambda u: jnp.where(seen, u, 0), updates)
+        return updates, after._replace(estim_lr=d)
+
+    return optax.GradientTransformation(prodigy.init, update)

@@ -313,7 +313,7 @@ def numbers_of(base: BaseStep, scalars: Scalars, device: torch.device) -> Tensor
         base.weight_decay,
         1 - b2,
         base.correction,
-        base.positive_eps,
+        base.positive_eps(),
         base.divides,
         1 - base.inner_momentum,
         base.momentum_correction,

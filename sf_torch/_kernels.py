@@ -61,13 +61,13 @@ class BaseStep(NamedTuple):
     momentum_correction: Any = 1.0
     steps: int | None = None  # k + 1 where both corrections are 1 - b^(k + 1)
 
-    @property
-    def positive_eps(self) -> float:
-        """eps, but never 0: while all gradients are 0, so is v, and 0 / 0 is NaN.
+    def positive_eps(self, dtype: torch.dtype = torch.float32) -> float:
+        """eps, but at least the root of the smallest normal v of this dtype.
 
-        The smallest normal float32 changes no root of a v that is not 0.
+        While all gradients are 0, so is v, and 0 / 0 is NaN. And a gradient may be so
+        small that its square is 0: over anything less, it would throw z far off.
         """
-        return max(self.eps, torch.finfo(torch.float32).tiny)
+        return max(self.eps, torch.finfo(dtype).tiny ** 0.5)
 
 
 def as_tensors(base: BaseStep, scalars: Scalars) -> tuple[BaseStep, Scalars]:
@@ -169,7 +169,7 @@ def move_z(leaves: "Leaves", step: BaseStep) -> None:
         if step.divides:
             roots = _divided(v, step.correction)
             torch._foreach_sqrt_(roots)
-            torch._foreach_add_(roots, step.positive_eps)
+            torch._foreach_add_(roots, step.positive_eps(roots[0].dtype))
             directions = torch._foreach_div(directions, roots)
     if step.weight_decay:
         at = leaves.at(step.decay_at)
@@ -202,7 +202,7 @@ def _fused_adam(leaves: "Leaves", step: BaseStep) -> None:
         beta1=_representable(float(b)),
         beta2=_representable(float(step.b2 or 0.0)),
         weight_decay=0.0,
-        eps=step.positive_eps,
+        eps=step.positive_eps(),
         amsgrad=False,
         maximize=False,
     )

@@ -1,29 +1,38 @@
 """The benchmark program at tiny sizes: it measures, draws and writes what it says."""
 
+import contextlib
+import io
 import json
 import os
-import subprocess
+import runpy
 import sys
 
 import pytest
 
 pytest.importorskip("rich")
 
+from benchmarks import __main__ as program
 from benchmarks import report
-from benchmarks.__main__ import main
 from benchmarks.candidates import CANDIDATES, Candidate
 from benchmarks.measure import Settings, measure
 from benchmarks.trees import gpt2, many, one
+
+# One process for all of them, since each would take the smoke run for itself.
+pytestmark = pytest.mark.xdist_group("benchmarks")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
-    # In a process of its own, which sets the platforms up as the user's would.
-    command = [sys.executable, "-m", "benchmarks", "--smoke", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+    # As `python -m benchmarks` does, but here: another process would spend most of its
+    # time on importing the frameworks.
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", ["benchmarks", "--smoke", "--out", str(out)])
+        with pytest.raises(SystemExit) as done:
+            runpy.run_path(program.__file__, run_name="__main__")
+    assert done.value.code == 0
+    return out, printed.getvalue()
 
 
 def test_every_candidate_is_measured_or_says_why_not(results):
@@ -63,7 +72,7 @@ def test_pictures_and_a_table_to_paste_are_written(results):
 def test_an_absent_device_is_said_to_be_absent(capsys):
     if "tpu" in os.environ.get("JAX_PLATFORMS", ""):
         pytest.skip("there is a TPU here")
-    assert main(["--device", "tpu"]) == 0
+    assert program.main(["--device", "tpu"]) == 0
     assert "Skipped: neither PyTorch nor JAX finds a tpu" in capsys.readouterr().out
 
 

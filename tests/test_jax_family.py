@@ -153,6 +153,23 @@ def test_plus_without_gradients_moves_nothing():
         jax.tree.map(partial(np.testing.assert_array_equal, 0), updates)
 
 
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+@pytest.mark.parametrize(
+    "make", [sf_jax.schedule_free_prodigy, sf_jax.schedule_free_muon]
+)
+def test_gradients_of_zero_are_waited_out(make, eps):
+    """What optax divides by may be 0 then."""
+    tx, params = make(eps=eps), PARAMS
+    state, zero = tx.init(params), jax.tree.map(jnp.zeros_like, params)
+    for grads in (zero, zero, jax.grad(loss)(params, 0)):
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        if grads is zero:
+            jax.tree.map(np.testing.assert_array_equal, params, PARAMS)
+    assert all(bool(jnp.isfinite(p).all()) for p in jax.tree.leaves((params, state)))
+    assert all(jnp.any(u != 0) for u in jax.tree.leaves(updates))
+
+
 def test_the_average_begins_after_c_warmup():
     _, x, z = train(sf_jax.schedule_free_plus(c_warmup=4), steps=6)
     for step in range(4):
