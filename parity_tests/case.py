@@ -81,6 +81,7 @@ class Case:
             "lr schedule": callable(o.lr),
             "r": o.r != 0,
             "warmup": o.warmup_steps > 0,
+            f"{self.optimizer.name} warmup": o.warmup_steps > 0,
             f"{self.optimizer.name} scalar": () in self.tree.values(),
             f"{self.optimizer.name} empty": any(0 in s for s in self.tree.values()),
         }
@@ -98,6 +99,9 @@ class Case:
 LACKS: dict[str, dict[str, str]] = {
     "sf_jax": {
         "missing gradients": "optax gives every leaf a gradient",
+    },
+    "sf_torch": {
+        "prodigy warmup": "the wrapper has none: a scheduler sets the base's lr",
     },
     "meta": {
         "inner_momentum": "came after 1.4.1; see the golden trajectories",

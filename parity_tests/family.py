@@ -7,6 +7,8 @@ run with; :mod:`parity_tests.cases` takes them up.
 import dataclasses
 from typing import Any
 
+import prodigyopt
+
 import sf_jax
 import sf_torch
 from parity_tests import reference, reference_family
@@ -180,7 +182,8 @@ def _gpa_torch(groups: list[Any], o: Options, form: str, foreach: bool) -> Any:
     return sf_torch.GPAAdamW(groups, foreach=foreach)
 
 
-# Prodigy, in JAX alone: PyTorch has none of its own
+# Prodigy. Meta's wrapper and the authors' PyTorch Prodigy both count steps in the
+# group's k, which then advances by two: it is not among the voices.
 
 
 def _prodigy_reference(o: Any) -> Seams:
@@ -207,6 +210,23 @@ def _prodigy_jax(o: Any, store_x: bool) -> Any:
         inner_momentum=o.inner_momentum,
         estim_lr0=o.d0,
         store_x=store_x,
+    )
+
+
+def _prodigy_arguments(o: Any) -> dict[str, Any]:
+    return {
+        "lr": o.lr,
+        # At 0 its step takes the new d in place of the one before; above 0 it does not.
+        "betas": (o.inner_momentum or 1e-30, o.b2),
+        "eps": o.eps,
+        "weight_decay": o.weight_decay,
+    }
+
+
+def _prodigy_torch(groups: list[Any], o: Any, form: str, foreach: bool) -> Any:
+    base = prodigyopt.Prodigy(groups, use_bias_correction=True, d0=o.d0)
+    return getattr(sf_torch, "ScheduleFreeWrapper" + form)(
+        base, momentum=o.b1, r=o.r, weight_lr_power=o.weight_lr_power
     )
 
 
@@ -241,8 +261,9 @@ FAMILY = {
             "prodigy",
             reference=_prodigy_reference,
             jax=_prodigy_jax,
-            arguments=lambda o: {},
-            torch_forms=("",),
+            arguments=_prodigy_arguments,
+            torch=_prodigy_torch,
+            torch_forms=("", "Reference"),
         ),
     )
 }
@@ -259,10 +280,11 @@ _GROWING = {**_PLUS, "b1_anneal_steps": 100, "c_warmup": 10, "r": 2.0}
 _REFINED: dict[str, Any] = {"b1": 0.95, "refined_c": 50.0, "warmup_steps": 20}
 _GPA: dict[str, Any] = {"b1": 0.7, "inner_momentum": 0.9}
 _DECAY = {"weight_decay": 0.1}
-# d grows without end on gradients that do not depend on the weights.
 _NETWORK: dict[str, Any] = {"tree": NETWORK, "gradients": "network"}
 # At lr = 1 this small network's run is unstable: it magnifies rounding, in float64 too.
-_PRODIGY: dict[str, Any] = {"lr": 0.3, "b2": 0.9}
+_PRODIGY: dict[str, Any] = {"lr": 0.3, "b2": 0.99}
+# Where gradients do not depend on the weights: d grows 24 times in 300 steps.
+_PRODIGY_STREAM = {"lr": 0.1, "b2": 0.9, "d0": 0.01}
 
 _Row = tuple[str, dict[str, Any], dict[str, Any]]  # name, options, fields of the case
 _ROWS: list[_Row] = [
@@ -291,14 +313,23 @@ _ROWS: list[_Row] = [
         _NETWORK,
     ),
     ("gpa/bfloat16", {**_GPA, **_DECAY}, {"dtype": "bfloat16"}),
+    ("gpa/float64", {**_GPA, **_DECAY}, {"dtype": "float64"}),
     ("prodigy/plain", _PRODIGY, _NETWORK),
+    ("prodigy/stream", _PRODIGY_STREAM, {}),
+    ("prodigy/warmup", {**_PRODIGY, "warmup_steps": 20}, _NETWORK),
     (
         "prodigy/together",
-        {**_PRODIGY, "inner_momentum": 0.9, "r": 0.5, "warmup_steps": 20, **_DECAY},
+        {
+            **_PRODIGY,
+            **_DECAY,
+            "lr": Linear(0.1, 0.3),
+            "inner_momentum": 0.9,
+            "r": 0.5,
+        },
         _NETWORK,
     ),
+    ("prodigy/bfloat16", _PRODIGY_STREAM, {"dtype": "bfloat16"}),
     ("prodigy/float64", {**_PRODIGY, **_DECAY}, {**_NETWORK, "dtype": "float64"}),
-    ("gpa/float64", {**_GPA, **_DECAY}, {"dtype": "float64"}),
 ]
 _GOLDEN: list[_Row] = [
     (
