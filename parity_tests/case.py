@@ -74,6 +74,7 @@ class Case:
             "missing gradients": self.missing is not None,
             "groups": bool(self.groups),
             "inner_momentum": o.inner_momentum > 0,
+            "nesterov": o.nesterov,
             decay_at: decays_elsewhere,
             f"{self.optimizer.name} {decay_at}": decays_elsewhere,
             "b1=0": o.b1 == 0,
@@ -102,6 +103,7 @@ LACKS: dict[str, dict[str, str]] = {
     },
     "sf_torch": {
         "prodigy warmup": "the wrapper has none: a scheduler sets the base's lr",
+        "nesterov": "torch's has no bias correction, which optax's has",
     },
     "meta": {
         "inner_momentum": "came after 1.4.1; see the golden trajectories",
