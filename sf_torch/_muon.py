@@ -133,8 +133,9 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 direction, scale = _direction(p.grad, self.state[p], options)
-                # Not times 1 - lr λ, whose rounding is the same at every step.
-                p.add_(p, alpha=-lr * options["weight_decay"])
+                if options["weight_decay"]:
+                    # Not times 1 - lr λ, whose rounding is the same at every step.
+                    p.add_(p, alpha=-lr * options["weight_decay"])
                 p.add_(direction, alpha=-lr * scale)
         return loss
 
