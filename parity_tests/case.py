@@ -74,6 +74,7 @@ class Case:
             "missing gradients": self.missing is not None,
             "groups": bool(self.groups),
             "inner_momentum": o.inner_momentum > 0,
+            "nesterov": o.nesterov,
             decay_at: decays_elsewhere,
             f"{self.optimizer.name} {decay_at}": decays_elsewhere,
             "b1=0": o.b1 == 0,
@@ -81,6 +82,7 @@ class Case:
             "lr schedule": callable(o.lr),
             "r": o.r != 0,
             "warmup": o.warmup_steps > 0,
+            f"{self.optimizer.name} warmup": o.warmup_steps > 0,
             f"{self.optimizer.name} scalar": () in self.tree.values(),
             f"{self.optimizer.name} empty": any(0 in s for s in self.tree.values()),
         }
@@ -98,6 +100,10 @@ class Case:
 LACKS: dict[str, dict[str, str]] = {
     "sf_jax": {
         "missing gradients": "optax gives every leaf a gradient",
+    },
+    "sf_torch": {
+        "prodigy warmup": "the wrapper has none: a scheduler sets the base's lr",
+        "nesterov": "torch's has no bias correction, which optax's has",
     },
     "meta": {
         "inner_momentum": "came after 1.4.1; see the golden trajectories",

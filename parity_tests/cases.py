@@ -114,9 +114,10 @@ def _cases() -> Iterator[Case]:
         (("matrix",), {"lr": 0.003, "weight_decay": 0.0}),
     )
     late = {"scalar": frozenset(range(5)), "matrix": frozenset(range(6, 300, 7))}
-    for optimizer in ("sgd", "adamw", "radam"):
+    for optimizer in ("sgd", "adamw", "adamw_paper", "adamw_algoperf", "radam"):
         yield case(f"{optimizer}/float64", several, dtype="float64")
         yield case(f"{optimizer}/bfloat16", several, dtype="bfloat16")
+    for optimizer in ("sgd", "adamw", "radam"):
         yield case(f"{optimizer}/network", several, tree=NETWORK, gradients="network")
     for optimizer in ("sgd", "adamw"):
         yield case(f"{optimizer}/groups", several, groups=halves)
@@ -127,6 +128,7 @@ def _cases() -> Iterator[Case]:
     yield case("adamw/b1_schedule_bfloat16", turning, dtype="bfloat16")
     yield case("adamw/b1_schedule_float64", turning, dtype="float64")
     yield case("wrapper/float64", {**momentum, **decay}, dtype="float64")
+    yield case("wrapper/bfloat16", {**momentum, **decay}, dtype="bfloat16")
 
     golden: dict[str, Any] = {"tree": RECORDED_TREE, "dtype": "float64"}
     yield case(

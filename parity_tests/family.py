@@ -7,10 +7,15 @@ run with; :mod:`parity_tests.cases` takes them up.
 import dataclasses
 from typing import Any
 
+import jax
+import prodigyopt
+import torch
+from optax.contrib import MuonDimensionNumbers
+
 import sf_jax
 import sf_torch
 from parity_tests import reference, reference_family
-from parity_tests.gradients import NETWORK
+from parity_tests.gradients import NETWORK, Tree
 from parity_tests.optimizers import Optimizer
 from parity_tests.options import Linear, Options, function
 from parity_tests.reference import PolynomialAverage, Seams
@@ -28,6 +33,7 @@ class FamilyOptions(Options):
     refined_c: float = 10.0
     mu_x: float = 0.99
     d0: float = 1e-3
+    row_b2: float | None = None
 
 
 # ScheduleFree+
@@ -180,7 +186,8 @@ def _gpa_torch(groups: list[Any], o: Options, form: str, foreach: bool) -> Any:
     return sf_torch.GPAAdamW(groups, foreach=foreach)
 
 
-# Prodigy, in JAX alone: PyTorch has none of its own
+# Prodigy. Meta's wrapper and the authors' PyTorch Prodigy both count steps in the
+# group's k, which then advances by two: it is not among the voices.
 
 
 def _prodigy_reference(o: Any) -> Seams:
@@ -207,6 +214,106 @@ def _prodigy_jax(o: Any, store_x: bool) -> Any:
         inner_momentum=o.inner_momentum,
         estim_lr0=o.d0,
         store_x=store_x,
+    )
+
+
+def _prodigy_arguments(o: Any) -> dict[str, Any]:
+    return {
+        "lr": o.lr,
+        # At 0 its step takes the new d in place of the one before; above 0 it does not.
+        "betas": (o.inner_momentum or 1e-30, o.b2),
+        "eps": o.eps,
+        "weight_decay": o.weight_decay,
+    }
+
+
+def _prodigy_torch(groups: list[Any], o: Any, form: str, foreach: bool) -> Any:
+    base = prodigyopt.Prodigy(groups, use_bias_correction=True, d0=o.d0)
+    return getattr(sf_torch, "ScheduleFreeWrapper" + form)(
+        base, momentum=o.b1, r=o.r, weight_lr_power=o.weight_lr_power
+    )
+
+
+# Muon
+
+
+@dataclasses.dataclass(frozen=True)
+class Growing:
+    """AMUSE's β as an option: a function of k for PyTorch and the reference."""
+
+    b1: float
+    steps: int
+    rho: float
+
+    def __call__(self, k: int) -> float:
+        return reference_family.growing(self.b1, self.steps, self.rho)(k)
+
+
+def _muon_reference(o: Any) -> Seams:
+    return Seams(
+        function(o.b1),
+        reference.warmup(function(o.lr), o.warmup_steps),
+        reference_family.Muon(
+            o.b2,
+            o.eps,
+            o.weight_decay,
+            o.decay_at,
+            o.base_momentum,
+            o.nesterov,
+            o.row_b2,
+        ),
+        PolynomialAverage(o.r, o.weight_lr_power),
+    )
+
+
+def _rows_first(params: Any) -> Any:
+    """What enters one output is a row, as in PyTorch; Flax has it in a column."""
+    numbers = MuonDimensionNumbers(reduction_axis=1, output_axis=0)
+    return jax.tree.map(lambda p: numbers if p.ndim == 2 else None, params)
+
+
+def _muon_jax(o: Any, store_x: bool) -> Any:
+    b1 = o.b1
+    if isinstance(b1, Growing):
+        b1 = sf_jax.growing_b1(b1.b1, b1.steps, b1.rho)
+    return sf_jax.schedule_free_muon(
+        o.lr,
+        o.warmup_steps,
+        b1,
+        o.b2,
+        o.eps,
+        o.weight_decay,
+        o.weight_lr_power,
+        r=o.r,
+        momentum=o.base_momentum,
+        row_b2=o.row_b2,
+        decay_at=o.decay_at,
+        store_x=store_x,
+        nesterov=o.nesterov,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=_rows_first,
+    )
+
+
+def _muon_torch(groups: list[Any], o: Any, form: str, foreach: bool) -> Any:
+    (params,) = (group["params"] for group in groups)
+    same = {"lr": o.lr, "eps": o.eps, "weight_decay": o.weight_decay}
+    muon = sf_torch.Muon(
+        [p for p in params if p.ndim == 2],
+        momentum=o.base_momentum,
+        nesterov=o.nesterov,
+        adjust_lr_fn="match_rms_adamw",
+        ns_dtype=None,
+        row_b2=o.row_b2,
+        **same,
+    )
+    rest = [p for p in params if p.ndim != 2]
+    adamw = torch.optim.AdamW(rest, betas=(0.0, o.b2), foreach=foreach, **same)
+    return getattr(sf_torch, "ScheduleFreeWrapper" + form)(
+        sf_torch.Together(muon, adamw),
+        momentum=o.b1,
+        r=o.r,
+        weight_lr_power=o.weight_lr_power,
     )
 
 
@@ -241,8 +348,17 @@ FAMILY = {
             "prodigy",
             reference=_prodigy_reference,
             jax=_prodigy_jax,
-            arguments=lambda o: {},
-            torch_forms=("",),
+            arguments=_prodigy_arguments,
+            torch=_prodigy_torch,
+            torch_forms=("", "Reference"),
+        ),
+        Optimizer(
+            "muon",
+            reference=_muon_reference,
+            jax=_muon_jax,
+            arguments=lambda o: {"lr": o.lr},
+            torch=_muon_torch,
+            torch_forms=("", "Reference"),
         ),
     )
 }
@@ -259,10 +375,26 @@ _GROWING = {**_PLUS, "b1_anneal_steps": 100, "c_warmup": 10, "r": 2.0}
 _REFINED: dict[str, Any] = {"b1": 0.95, "refined_c": 50.0, "warmup_steps": 20}
 _GPA: dict[str, Any] = {"b1": 0.7, "inner_momentum": 0.9}
 _DECAY = {"weight_decay": 0.1}
-# d grows without end on gradients that do not depend on the weights.
 _NETWORK: dict[str, Any] = {"tree": NETWORK, "gradients": "network"}
 # At lr = 1 this small network's run is unstable: it magnifies rounding, in float64 too.
-_PRODIGY: dict[str, Any] = {"lr": 0.3, "b2": 0.9}
+_PRODIGY: dict[str, Any] = {"lr": 0.3, "b2": 0.99}
+# Where gradients do not depend on the weights: d grows 24 times in 300 steps.
+_PRODIGY_STREAM = {"lr": 0.1, "b2": 0.9, "d0": 0.01}
+# The matrices first, since Together has them in its first group.
+_MATRICES: dict[str, Tree] = {
+    "tree": {"tall": (8, 5), "wide": (4, 7), "vector": (6,), "scalar": ()}
+}
+# optax adds eps to the norm of m and torch takes the larger: too small for either.
+_MUON: dict[str, Any] = {
+    "base_momentum": 0.95,
+    "b2": 0.95,
+    "eps": 1e-30,
+    "decay_at": "z",
+}
+_NORMUON = {**_MUON, "row_b2": 0.95}
+# torch's AdamW multiplies by 1 - lr λ, whose rounding, where it is rounded, is the same
+# at every step: 12 ulps after 300 at lr = 0.0025, λ = 0.1.
+_EXACT_DECAY = {"lr": 2.0**-9, "weight_decay": 2.0**-3}
 
 _Row = tuple[str, dict[str, Any], dict[str, Any]]  # name, options, fields of the case
 _ROWS: list[_Row] = [
@@ -291,14 +423,32 @@ _ROWS: list[_Row] = [
         _NETWORK,
     ),
     ("gpa/bfloat16", {**_GPA, **_DECAY}, {"dtype": "bfloat16"}),
+    ("gpa/float64", {**_GPA, **_DECAY}, {"dtype": "float64"}),
     ("prodigy/plain", _PRODIGY, _NETWORK),
+    ("prodigy/stream", _PRODIGY_STREAM, {}),
+    ("prodigy/warmup", {**_PRODIGY, "warmup_steps": 20}, _NETWORK),
     (
         "prodigy/together",
-        {**_PRODIGY, "inner_momentum": 0.9, "r": 0.5, "warmup_steps": 20, **_DECAY},
+        {
+            **_PRODIGY,
+            **_DECAY,
+            "lr": Linear(0.1, 0.3),
+            "inner_momentum": 0.9,
+            "r": 0.5,
+        },
         _NETWORK,
     ),
+    ("prodigy/bfloat16", _PRODIGY_STREAM, {"dtype": "bfloat16"}),
     ("prodigy/float64", {**_PRODIGY, **_DECAY}, {**_NETWORK, "dtype": "float64"}),
-    ("gpa/float64", {**_GPA, **_DECAY}, {"dtype": "float64"}),
+    ("muon/plain", _MUON, _MATRICES),
+    ("muon/decay", {**_MUON, **_EXACT_DECAY, "r": 0.5}, _MATRICES),
+    ("muon/lr_schedule", {**_MUON, "lr": Linear(0.0002, 0.005)}, _MATRICES),
+    ("muon/growing", {**_MUON, "b1": Growing(0.8, 50, 0.7)}, _MATRICES),
+    ("muon/nesterov", {**_MUON, "nesterov": True}, _MATRICES),
+    ("muon/rows", _NORMUON, _MATRICES),
+    ("muon/rows_decay", {**_NORMUON, **_EXACT_DECAY}, _MATRICES),
+    ("muon/bfloat16", _NORMUON, {**_MATRICES, "dtype": "bfloat16"}),
+    ("muon/float64", {**_NORMUON, **_DECAY}, {**_MATRICES, "dtype": "float64"}),
 ]
 _GOLDEN: list[_Row] = [
     (

@@ -25,7 +25,9 @@ def run(
 ) -> Trajectory:
     """``mode``: "eager", "jit" (of one step) or "scan" (one program of all steps)."""
     place = jax.default_device(jax.devices(device)[0])
-    with jax.enable_x64(case.dtype == "float64"), place:
+    # What accelerators take for float32 in products is less, unless told otherwise.
+    precise = jax.default_matmul_precision("highest")
+    with jax.enable_x64(case.dtype == "float64"), place, precise:
         source = case.source(steps)
         tx = optax.with_extra_args_support(_optimizer(case, package, store_x))
         dtype = None if case.is_complex else case.dtype

@@ -146,11 +146,14 @@ def _closure_steps(
 
 def _schedule(case: Case, optimizer: Any, k: int) -> None:
     """Sets what changes, as a learning-rate scheduler would."""
-    for group, (_, options) in zip(
-        optimizer.param_groups, case.group_options, strict=True
-    ):
-        arguments = case.optimizer.arguments(options.at(k))
+    options = [each.at(k) for _, each in case.group_options]
+    if not case.groups:  # one, which the optimizer may have made several of
+        options *= len(optimizer.param_groups)
+    for group, each in zip(optimizer.param_groups, options, strict=True):
+        arguments = case.optimizer.arguments(each)
         group.update((n, v) for n, v in arguments.items() if n in _SCHEDULED)
+    if hasattr(optimizer, "base"):  # a wrapper, with one β for all groups
+        optimizer.momentum = case.options.at(k).b1
 
 
 _SCHEDULED = ("lr", "betas", "momentum")

@@ -36,6 +36,7 @@ class Options:
     inner_momentum: float = 0.0
     silent_sgd_phase: bool = True
     base_momentum: float = 0.0  # of what ScheduleFreeWrapper wraps
+    nesterov: bool = False  # of the same
 
     def at(self, k: int) -> "Options":
         """The values at step k: as PyTorch has them, where schedules set numbers."""

@@ -14,6 +14,12 @@ References:
   Defazio et al., *Smoothing DiLoCo with Primal Averaging*,
     https://arxiv.org/abs/2512.17131 (GPA)
   Mishchenko and Defazio, *Prodigy*, https://arxiv.org/abs/2306.06101
+  Jordan et al., *Muon*, https://kellerjordan.github.io/posts/muon
+  Liu et al., *Muon is Scalable for LLM Training*, https://arxiv.org/abs/2502.16982
+  Li et al., *NorMuon*, https://arxiv.org/abs/2510.05491
+  Apte et al., *Anytime Training with Schedule-Free Spectral Optimization*,
+    https://arxiv.org/abs/2605.23061 (NorMuon in it)
+  Kim et al., *AMUSE*, https://arxiv.org/abs/2605.22432 (the growing β)
 """
 
 from collections.abc import Callable, Mapping
@@ -154,6 +160,68 @@ class Prodigy:
 def weighed_by_d(average: Weight, prodigy: Prodigy) -> Weight:
     """The average sees lr_k d, with the d that the step has found."""
     return lambda k, lr: average(k, lr * prodigy.d)
+
+
+# Muon
+
+
+def growing(b1: float, steps: int, rho: float) -> Callable[[int], float]:
+    """1 - β_t = (1 - b1) ((steps - 1) / (t - 1))^rho after ``steps`` steps
+
+    where t = 1 at the first gradient; step k forms the y of gradient t = k + 2.
+    """
+    return lambda k: 1 - (1 - b1) * min(1.0, (steps - 1) / (k + 1)) ** rho
+
+
+def orthogonalised(m: np.ndarray, eps: float) -> np.ndarray:
+    """X / (|X| + eps), and 5 times a X + b (X Xᵀ) X + c (X Xᵀ)² X"""
+    x = m / (np.linalg.norm(m) + eps)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x - 4.7750 * square @ x + 2.0315 * square @ square @ x
+    return x
+
+
+class Muon(AdamW):
+    """Of matrices u = -lr_k (D + λ p), of the rest AdamW's without momentum.
+
+    m = μ m + (1 - μ) g,  P = orthogonalised m, which is with Nesterov
+    μ m / (1 - μ^(k+2)) + (1 - μ) g / (1 - μ^(k+1)) instead, and
+
+    D = 0.2 sqrt(max(rows, columns)) P,  or with ``row_b2``, where a row is what enters
+    one output neuron,
+
+    v = row_b2 v + (1 - row_b2) mean of P² by row,  P̂ = P / (sqrt(v) + eps),
+    D = 0.2 sqrt(rows columns) P̂ / |P̂|
+    """
+
+    def __init__(
+        self,
+        b2: float,
+        eps: float,
+        weight_decay: float,
+        decay_at: str,
+        momentum: float,
+        nesterov: bool,
+        row_b2: float | None,
+    ) -> None:
+        super().__init__(b2, eps, weight_decay, decay_at)
+        self.momentum, self.nesterov, self.row_b2 = momentum, nesterov, row_b2
+
+    def direction(self, n: str, g: np.ndarray, k: int) -> np.ndarray:
+        if g.ndim != 2:
+            return super().direction(n, g, k)
+        mu, b2 = self.momentum, self.row_b2
+        m = self.m[n] = mu * self.m.get(n, 0.0) + (1 - mu) * g
+        if self.nesterov:
+            m = mu * m / (1 - mu ** (k + 2)) + (1 - mu) * g / (1 - mu ** (k + 1))
+        p = orthogonalised(m, self.eps)
+        if b2 is None:
+            return 0.2 * sqrt(max(p.shape)) * p
+        mean = np.mean(p**2, axis=1, keepdims=True)
+        self.v[n] = b2 * self.v.get(n, 0.0) + (1 - b2) * mean
+        p = p / (np.sqrt(self.v[n]) + self.eps)
+        return 0.2 * sqrt(p.size) * p / np.linalg.norm(p)
 
 
 # GPA's published code

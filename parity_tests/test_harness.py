@@ -10,8 +10,9 @@ import torch
 from parity_tests import tolerances
 from parity_tests.case import Case
 from parity_tests.cases import CASES
+from parity_tests.gradients import rounded
 from parity_tests.harness import run
-from parity_tests.trajectory import Trajectory, compare, curve
+from parity_tests.trajectory import Trajectory, compare, curve, wide
 
 BY_NAME = {case.name: case for case in CASES}
 VOICES = ("jax scan", "torch")
@@ -114,3 +115,28 @@ def test_blocks_take_the_one_pass_kernels_that_large_tensors_take(
     assert sizes == []
     run(case, "torch blocks", steps=2)
     assert max(sizes) == 16  # the matrix has 42
+
+
+def test_a_rounded_change_takes_up_what_it_is_allowed_and_no_more() -> None:
+    """As optax moves bfloat16 parameters: by a change that is rounded, and again."""
+    rng = np.random.default_rng(0)
+
+    def spread() -> np.ndarray:
+        return rng.normal(size=200_000) * 10 ** rng.uniform(-4, 1, 200_000)
+
+    def narrow(values: np.ndarray) -> np.ndarray:
+        return rounded(values, "bfloat16")
+
+    p, y = narrow(spread()), spread().astype(np.float32)
+    moved = {"a": narrow(p + narrow(narrow(y) - p))[None]}
+    error = np.abs(moved["a"] - y.astype(float))
+    trajectory = Trajectory({"a": wide(moved["a"])}, None, moved)
+    without, allowed = (
+        each.rounding["a"]  # type: ignore[index]
+        for each in (
+            trajectory.with_rounding(),
+            trajectory.with_rounding(changes_from={"a": p}),
+        )
+    )
+    assert np.all(error <= allowed)
+    assert np.any(error > without + 0.9 * (allowed - without))

@@ -46,7 +46,9 @@ class Trajectory:
         """With what rounding y to bfloat16 does: half a spacing.
 
         ``changes_from``: the initial weights, where each step's change is rounded to
-        bfloat16 before it is added, and the sum again: by 2^-9 of the change each.
+        bfloat16 before it is added, and the sum again. The first is by 2^-8 of the
+        change at most, and the second adds to half a spacing no more than the first:
+        2^-7 of the change as it was, which is 1/127 of what came of it.
         """
         rounding = {}
         for name, y in self.y.items():
@@ -55,7 +57,7 @@ class Trajectory:
             if changes_from is not None:
                 before = wide(changes_from[name])[None]
                 change = np.abs(np.diff(y, axis=0, prepend=before))
-                rounding[name] += 2.0**-8 * change
+                rounding[name] += change / 127
         return dataclasses.replace(self, rounding=rounding)
 
     def __len__(self) -> int:

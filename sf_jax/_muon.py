@@ -7,17 +7,28 @@ r"""Muon with Schedule-Free averaging; parameters that are not matrices under Ad
 with O(m) the momentum m of the gradients at y, orthogonalised, as
 ``optax.contrib.muon`` does it. Everything else about the two is the rule's.
 
+NorMuon divides each row of P = O(m), which is what enters one output neuron (a column
+of a Flax kernel), by its size so far, and gives the whole the size of an AdamW step:
+
+.. math::
+
+    v &= b_2 v + (1 - b_2)\, \mathrm{mean}_{row}(P^2),
+        \quad \hat P = P / (\sqrt v + \epsilon) \\
+    z' &= z - lr_k (0.2 \sqrt{mn}\, \hat P / |\hat P|_F + \lambda p)
+
 References:
   Jordan et al., *Muon: An optimizer for hidden layers in neural networks*,
     https://kellerjordan.github.io/posts/muon
   Kim et al., *AMUSE: Anytime Muon with Stable Gradient Evaluation*,
     https://arxiv.org/abs/2605.22432 (the growing β)
   Apte et al., *Anytime Training with Schedule-Free Spectral Optimization*,
-    https://arxiv.org/abs/2605.23061 (decay at z)
+    https://arxiv.org/abs/2605.23061 (decay at z, the rows)
+  Li et al., *NorMuon*, https://arxiv.org/abs/2510.05491
 """
 
 from collections.abc import Callable
-from typing import Any
+from math import prod, sqrt
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +100,7 @@ def schedule_free_muon(
     *,
     r: float = 0.0,
     momentum: float = 0.95,
+    row_b2: float | None = None,
     decay_at: str = "z",
     average: _averaging.Average | None = None,
     store_x: bool = False,
@@ -117,6 +129,8 @@ def schedule_free_muon(
         float32 for those narrower than it.
       r: steps are also weighed by ``(k + 1) ** r``.
       momentum: Muon's own, in [0, 1).
+      row_b2: decay rate of the second moment of rows, in [0, 1), for NorMuon; None for
+        Muon.
       decay_at: "z", "y" or "x": what the decay pulls towards zero by. At y it has been
         found to let z drift in long runs.
       average: another averaging weight in place of that of ``r`` and
@@ -124,6 +138,9 @@ def schedule_free_muon(
       store_x: keep x in the state, so that ``eval_params`` needs no params.
       **muon_options: for ``optax.contrib.muon``: ``consistent_rms=0.2`` for steps of
         AdamW's size, ``muon_weight_dimension_numbers`` for which leaves are matrices.
+        With ``row_b2`` these two (of which the first is 0.2 unless given),
+        ``adam_learning_rate``, ``weight_decay_mask``, and the options of
+        ``optax.contrib.scale_by_muon``.
 
     Returns:
       An optax transformation whose state is a ``ScheduleFreeState``.
@@ -150,7 +167,7 @@ def schedule_free_muon(
     """
     _checks.learning_rate(learning_rate)
     _checks.warmup_steps(warmup_steps)
-    for name, value in {"b2": b2, "momentum": momentum}.items():
+    for name, value in {"b2": b2, "momentum": momentum, "row_b2": row_b2}.items():
         _checks.decay_rate(name, value)
     _checks.eps(eps)
     _checks.weight_decay(weight_decay)
@@ -159,16 +176,20 @@ def schedule_free_muon(
     def lr(count: jax.Array) -> jax.Array:
         return step_size(count).hi
 
-    muon = optax.contrib.muon(
-        lr,
-        beta=momentum,
-        eps=positive_eps(eps),
-        weight_decay=weight_decay,
-        adam_b1=0.0,  # β takes its place
-        adam_b2=b2,
-        adam_weight_decay=weight_decay,
-        **muon_options,
-    )
+    least = positive_eps(eps)
+    if row_b2 is None:
+        muon = optax.contrib.muon(
+            lr,
+            beta=momentum,
+            eps=least,
+            weight_decay=weight_decay,
+            adam_b1=0.0,  # β takes its place
+            adam_b2=b2,
+            adam_weight_decay=weight_decay,
+            **muon_options,
+        )
+    else:
+        muon = _normuon(lr, row_b2, momentum, b2, least, weight_decay, **muon_options)
     return schedule_free(
         muon,
         lr,
@@ -180,3 +201,113 @@ def schedule_free_muon(
         decay_at=decay_at,
         store_x=store_x,
     )
+
+
+class RowState(NamedTuple):
+    """The second moments of NorMuon."""
+
+    v: optax.Params  # like params, of size 1 along what enters an output neuron
+
+
+def _normuon(
+    lr: Callable[[jax.Array], jax.Array],
+    row_b2: float,
+    momentum: float,
+    b2: float,
+    eps: jax.Array,
+    weight_decay: float,
+    *,
+    consistent_rms: float = 0.2,
+    muon_weight_dimension_numbers: Any = None,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    weight_decay_mask: Any = None,
+    **options: Any,
+) -> optax.GradientTransformation:
+    """As ``optax.contrib.muon``, with :func:`_normalise_rows` after Newton-Schulz."""
+
+    def dimensions(params: optax.Params) -> Any:
+        return _dimension_numbers(muon_weight_dimension_numbers, params)
+
+    def labels(params: optax.Params) -> Any:
+        return jax.tree.map(
+            lambda numbers: "adam" if numbers is None else "muon",
+            dimensions(params),
+            is_leaf=_is_numbers,
+        )
+
+    muon = optax.chain(
+        optax.contrib.scale_by_muon(
+            beta=momentum, eps=eps, weight_dimension_numbers=dimensions, **options
+        ),
+        _normalise_rows(row_b2, eps, consistent_rms, dimensions),
+        optax.add_decayed_weights(weight_decay, weight_decay_mask),
+        optax.scale_by_learning_rate(lr),
+    )
+    adam = optax.adamw(
+        lr if adam_learning_rate is None else adam_learning_rate,
+        b1=0.0,  # β takes its place
+        b2=b2,
+        eps=eps,
+        weight_decay=weight_decay,
+    )
+    return optax.partition({"muon": muon, "adam": adam}, labels)
+
+
+def _normalise_rows(
+    b2: float, eps: jax.Array, rms: float, dimensions: Callable[[optax.Params], Any]
+) -> optax.GradientTransformation:
+    """P̂, of this root mean square. A leaf's other axes count separate matrices."""
+
+    def init(params: optax.Params) -> RowState:
+        def zeros(p: jax.Array, numbers: Any) -> jax.Array:
+            inputs = _axes(numbers.reduction_axis, p)
+            shape = (1 if a in inputs else size for a, size in enumerate(p.shape))
+            return jnp.zeros(tuple(shape), p.dtype)
+
+        return RowState(jax.tree.map(zeros, params, dimensions(params)))
+
+    def update(
+        updates: optax.Updates, state: RowState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, RowState]:
+        def second_moment(p: jax.Array, v: jax.Array, numbers: Any) -> jax.Array:
+            inputs = _axes(numbers.reduction_axis, p)
+            total = jnp.sum(p**2, axis=inputs, keepdims=True)
+            return b2 * v + (1 - b2) * total / max(1, prod(p.shape[a] for a in inputs))
+
+        def normalise(p: jax.Array, v: jax.Array, numbers: Any) -> jax.Array:
+            p = p / (jnp.sqrt(v) + eps)
+            axes = tuple(a for axis in numbers for a in _axes(axis, p))
+            norm = jnp.sqrt(jnp.sum(p**2, axis=axes, keepdims=True))
+            size = prod(p.shape[a] for a in axes)
+            return rms * sqrt(size) * p / jnp.maximum(norm, eps)
+
+        numbers = dimensions(updates)
+        v = jax.tree.map(second_moment, updates, state.v, numbers)
+        return jax.tree.map(normalise, updates, v, numbers), RowState(v)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _dimension_numbers(given: Any, params: optax.Params) -> Any:
+    """optax's numbers for each leaf, None where it is no matrix.
+
+    ``given`` is what ``optax.contrib.muon`` takes: None for all leaves of two axes, a
+    tree or the beginning of one, or a function of params.
+    """
+    if given is None:
+        matrix = optax.contrib.MuonDimensionNumbers()
+        return jax.tree.map(lambda p: matrix if p.ndim == 2 else None, params)
+    return jax.tree.map(
+        lambda numbers, leaves: jax.tree.map(lambda _: numbers, leaves),
+        given(params) if callable(given) else given,
+        params,
+        is_leaf=_is_numbers,
+    )
+
+
+def _is_numbers(node: Any) -> bool:
+    return node is None or isinstance(node, optax.contrib.MuonDimensionNumbers)
+
+
+def _axes(axis: Any, leaf: jax.Array) -> tuple[int, ...]:
+    return tuple(a % leaf.ndim for a in ((axis,) if isinstance(axis, int) else axis))

@@ -13,6 +13,7 @@ from sf_torch._adamw import (
 )
 from sf_torch._follow import follow
 from sf_torch._gpa import GPAAdamW
+from sf_torch._muon import Muon
 from sf_torch._plus import AdamCScheduleFreePlus, AdamCScheduleFreePlusPaper
 from sf_torch._radam import (
     RAdamScheduleFree,
@@ -49,6 +50,7 @@ __all__ = [
     "AdamWScheduleFreeReference",
     "AdamWScheduleFreeRefined",
     "GPAAdamW",
+    "Muon",
     "RAdamScheduleFree",
     "RAdamScheduleFreeClosure",
     "RAdamScheduleFreeReference",

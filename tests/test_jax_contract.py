@@ -29,6 +29,9 @@ OPTIMIZERS = {
     "plus": partial(with_loss, sf_jax.schedule_free_plus, weight_decay=1.0),
     "gpa": partial(sf_jax.gpa_adamw, 0.01, weight_decay=0.1, upstream_compatible=True),
     "prodigy": sf_jax.schedule_free_prodigy,
+    # optax's other scale divides by the size of an empty leaf.
+    "muon": partial(sf_jax.schedule_free_muon, 0.01, consistent_rms=0.2),
+    "normuon": partial(sf_jax.schedule_free_muon, 0.01, row_b2=0.95),
     "wrapped": partial(sf_jax.schedule_free, optax.adamw(0.01, b1=0.0), 0.01),
 }
 PARAMS = {

@@ -278,6 +278,49 @@ def test_muon_orthogonalises_matrices_and_leaves_the_rest_to_adamw():
     assert np.all(np.abs(np.linalg.svd(moved, compute_uv=False) - 1) < 0.5)
 
 
+NORMUON = partial(sf_jax.schedule_free_muon, 0.02, b2=0.9, row_b2=0.9, weight_decay=0.1)
+
+
+def test_rows_make_all_outputs_move_alike_by_the_step_of_adamw():
+    """At the first step; a column of the kernel is what enters an output."""
+    _, _, z = train(NORMUON(weight_decay=0.0), steps=1)
+    by_output = jnp.sqrt(jnp.mean((z["w"][0] - PARAMS["w"]) ** 2, axis=0))
+    close(by_output, np.full(8, 0.02 * 0.2), rtol=1e-4)
+
+
+def test_normuon_leaves_the_rest_to_adamw():
+    _, x, z = train(NORMUON(), steps=5)
+    adamw = sf_jax.schedule_free_adamw(0.02, b2=0.9, weight_decay=0.1, decay_at="z")
+    _, x_adamw, z_adamw = train(adamw, steps=5)
+    close(x["b"], x_adamw["b"])
+    close(z["b"], z_adamw["b"])
+
+
+def test_dimension_numbers_say_what_a_row_is_and_which_matrices_are_apart():
+    """Two kernels, in one leaf, transposed, and with AdamW's leaf beside them."""
+    two = {n: jnp.asarray(RNG.normal(size=(6, 4)), jnp.float32) for n in "ab"}
+    both = {"ab": jnp.stack([two["a"].T, two["b"].T]), "bias": PARAMS["b"]}
+    numbers = {"ab": optax.contrib.MuonDimensionNumbers(2, 1), "bias": None}
+    stacked = NORMUON(muon_weight_dimension_numbers=numbers)
+    apart, together = NORMUON(), stacked
+    state, both_state = apart.init(two), together.init(both)
+    for k in range(3):
+        grads = jax.tree.map(lambda p, k=k: jnp.cos(p + k), two)
+        updates, state = apart.update(grads, state, two)
+        stack = jnp.stack([grads["a"].T, grads["b"].T])
+        both_updates, both_state = together.update(
+            {"ab": stack, "bias": both["bias"]}, both_state, both
+        )
+        close(both_updates["ab"], jnp.stack([updates["a"].T, updates["b"].T]))
+
+
+def test_normuon_moves_nothing_without_gradients():
+    zero = jax.tree.map(jnp.zeros_like, PARAMS)
+    tx = NORMUON(weight_decay=0.0)
+    updates, _ = tx.update(zero, tx.init(PARAMS), PARAMS)
+    jax.tree.map(partial(np.testing.assert_array_equal, 0), updates)
+
+
 BAD_ARGUMENTS = [
     (sf_jax.schedule_free_plus, {"b2": 1.0}, r"b2 must lie in \[0, 1\), got 1.0"),
     (sf_jax.schedule_free_plus, {"sf_beta1": 1.5}, "sf_beta1.*got 1.5"),
@@ -297,6 +340,7 @@ BAD_ARGUMENTS = [
     ),
     (sf_jax.schedule_free_prodigy, {"b2": 1.0}, "b2.*got 1.0"),
     (sf_jax.schedule_free_muon, {"momentum": 1.0}, "momentum.*got 1.0"),
+    (sf_jax.schedule_free_muon, {"row_b2": 1.0}, "row_b2.*got 1.0"),
     (sf_jax.growing_b1, {"steps": 1}, "steps must be at least 2, got 1"),
     (partial(sf_jax.refined_average, -1.0), {"b1": 0.9}, "c must not be negative"),
     (sf_jax.exponential_average, {"mu_x": 2.0}, "mu_x.*got 2.0"),

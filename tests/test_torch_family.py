@@ -221,24 +221,29 @@ def test_the_wrapper_weighs_by_d_as_metas_does():
 # Muon and AdamW in one
 
 
-def muon_and_adamw(params):
+def muon_and_adamw(params, muon=torch.optim.Muon):
     matrix, rest = params
     return (
-        torch.optim.Muon([matrix], lr=0.02),
+        muon([matrix], lr=0.02),
         torch.optim.AdamW([rest], lr=0.01, betas=(0.0, 0.99)),
     )
 
 
-def test_together_is_each_by_itself_and_goes_on_from_its_state_dict():
+@pytest.mark.parametrize(
+    "muon",
+    [torch.optim.Muon, partial(sf_torch.Muon, ns_dtype=torch.float32, row_b2=0.9)],
+    ids=["torch's", "NorMuon"],
+)
+def test_together_is_each_by_itself_and_goes_on_from_its_state_dict(muon):
     ours, apart = parameters(), parameters()
-    joint = sf_torch.ScheduleFreeWrapper(sf_torch.Together(*muon_and_adamw(ours)))
-    two = [sf_torch.ScheduleFreeWrapper(base) for base in muon_and_adamw(apart)]
+    joint = sf_torch.ScheduleFreeWrapper(sf_torch.Together(*muon_and_adamw(ours, muon)))
+    two = [sf_torch.ScheduleFreeWrapper(base) for base in muon_and_adamw(apart, muon)]
     for optimizer in (joint, *two):
         optimizer.train()
     for k in range(8):
         if k == 4:
             saved = copy.deepcopy(joint.state_dict())
-            base = sf_torch.Together(*muon_and_adamw(ours))
+            base = sf_torch.Together(*muon_and_adamw(ours, muon))
             joint = sf_torch.ScheduleFreeWrapper(base)
             joint.load_state_dict(saved)
         for p, q in zip(ours, apart, strict=True):
@@ -257,6 +262,65 @@ def test_together_takes_no_group_of_unknown_owner():
         base.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"nesterov": False, "adjust_lr_fn": "match_rms_adamw"}], ids=str
+)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("shape", [(5, 3), (3, 8)], ids=str)
+def test_muon_is_torchs_and_loads_its_state_dict(shape, weight_decay, options):
+    torch.manual_seed(0)
+    options = {"lr": 0.02, "weight_decay": weight_decay, **options}
+    ours = torch.nn.Parameter(torch.randn(shape))
+    theirs = torch.nn.Parameter(ours.detach().clone())
+    a, b = sf_torch.Muon([ours], **options), torch.optim.Muon([theirs], **options)
+    for k in range(30):
+        if k == 15:
+            a = sf_torch.Muon([ours], lr=1.0)
+            a.load_state_dict(copy.deepcopy(b.state_dict()))
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        a.step()
+        b.step()
+    # Its decay rounds otherwise, once a step.
+    bound = 30 * 2.0**-23 if weight_decay else 0
+    torch.testing.assert_close(ours, theirs, rtol=bound, atol=bound)
+
+
+def test_the_decay_of_muon_does_not_drift():
+    """A factor of 1 - lr λ would be off by 250 ulps, always to the same side."""
+    p = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = sf_torch.Muon([p], lr=0.0025, weight_decay=0.1)
+    for _ in range(1000):
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+    expected = torch.full_like(p, (1 - 0.0025 * 0.1) ** 1000)
+    torch.testing.assert_close(p.detach(), expected, rtol=40 * 2.0**-24, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_make_all_outputs_move_alike_by_the_step_of_adamw(dtype):
+    """At the first step; without them the rows of a tall matrix move unequally."""
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.zeros(16, 5, dtype=dtype))
+    optimizer = sf_torch.Muon([p], lr=0.5, row_b2=0.95, eps=1e-12, ns_dtype=None)
+    p.grad = torch.randn(16, 5).to(dtype)
+    optimizer.step()
+    by_row = p.detach().square().mean(1).sqrt()
+    size = torch.full_like(by_row, 0.5 * 0.2)
+    torch.testing.assert_close(by_row, size, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("row_b2", [None, 0.95])
+@pytest.mark.parametrize("shape", [(3, 2), (3, 0), (0, 2)], ids=str)
+def test_muon_moves_nothing_without_gradients(shape, row_b2):
+    p = torch.nn.Parameter(torch.ones(shape))
+    optimizer = sf_torch.Muon([p], weight_decay=0.0, row_b2=row_b2)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert torch.equal(p.detach(), torch.ones(shape))
+    assert all(moment.isfinite().all() for moment in optimizer.state[p].values())
+
+
 BAD_ARGUMENTS = [
     ("AdamCScheduleFreePlus", {"betas": (1.0, 0.9)}, r"betas\[0\].*got 1.0"),
     ("AdamCScheduleFreePlus", {"sf_beta1": 1.5}, "sf_beta1.*got 1.5"),
@@ -267,6 +331,12 @@ BAD_ARGUMENTS = [
     ("GPAAdamW", {"mu_x": -0.1}, "mu_x.*got -0.1"),
     ("GPAAdamW", {"decay_at": "x", "upstream_compatible": True}, "got 'x'"),
     ("SGDScheduleFreeRefined", {"refined_c": -1.0}, "refined_c.*got -1.0"),
+    ("Muon", {"momentum": 1.0}, "momentum.*got 1.0"),
+    ("Muon", {"row_b2": 1.0}, "row_b2.*got 1.0"),
+    ("Muon", {"weight_decay": -1.0}, "weight_decay.*got -1.0"),
+    ("Muon", {"ns_coefficients": (1.0,)}, r"ns_coefficients.*got \(1.0,\)"),
+    ("Muon", {"ns_dtype": torch.int8}, "ns_dtype.*got torch.int8"),
+    ("Muon", {"adjust_lr_fn": "none"}, "adjust_lr_fn.*got 'none'"),
 ]
 
 
@@ -274,3 +344,11 @@ BAD_ARGUMENTS = [
 def test_bad_arguments_are_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
         getattr(sf_torch, name)(parameters(), **options)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)], ids=str)
+def test_muon_takes_matrices_only_and_stays_as_it_was(shape):
+    optimizer = sf_torch.Muon(parameters())
+    with pytest.raises(ValueError, match=r"Give the others to AdamW"):
+        optimizer.add_param_group({"params": torch.nn.Parameter(torch.ones(shape))})
+    assert len(optimizer.param_groups) == 1
