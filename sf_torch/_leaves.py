@@ -17,8 +17,8 @@ from torch import Tensor
 from sf_torch import _kernels
 from sf_torch._kernels import Scalars, Tensors
 
-BLOCK = 2**18
-"""Elements of a block: one megabyte of float32 an array."""
+BLOCK = 2**19
+"""Elements of a block: two megabytes of float32 an array."""
 
 FOR_ONE_THREAD, FOR_ALL_THREADS = 2**12, 2**15
 """Elements of a tensor that are worth waking one more thread for, or any number."""
@@ -34,10 +34,10 @@ class Leaf:
 
 
 class Scratch:
-    """Memory for the length of a step: on a CPU one block's, used again for the next.
+    """Memory for what a step needs besides its arrays: on a CPU one block's, kept.
 
     Fresh memory comes page by page from the operating system there, which takes
-    longer than the arithmetic done in it.
+    longer than the arithmetic done in it. Elsewhere PyTorch keeps memory by itself.
     """
 
     def __init__(self) -> None:
@@ -51,6 +51,8 @@ class Scratch:
         memory = self._kept.get(key)
         if memory is None or memory.numel() < total:
             memory = self._kept[key] = tensors[0].new_empty(max(total, BLOCK))
+        if len(tensors) == 1 and tensors[0].dim() == 1:  # a block
+            return [memory[:total] if total < memory.numel() else memory]
         parts = memory[:total].split([t.numel() for t in tensors])
         # In t's own layout, where it is more than a row.
         return [
@@ -106,7 +108,11 @@ class Leaves:
 
 
 def gather(
-    leaves: Iterable[Leaf], b1: float, together: bool, blocks: bool = True
+    leaves: Iterable[Leaf],
+    b1: float,
+    scratch: Scratch,
+    together: bool = True,
+    blocks: bool = True,
 ) -> Iterator[Leaves]:
     """The leaves in the batches in which they take their step.
 
@@ -116,7 +122,6 @@ def gather(
     """
     batches: dict[Any, list[Leaf]] = {}
     sizes: dict[Any, int] = {}
-    scratch = Scratch()
     for number, leaf in enumerate(leaves):
         param, z = leaf.param, leaf.state["z"]
         sliced = blocks and _works_in_blocks(param)

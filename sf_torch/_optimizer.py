@@ -34,7 +34,7 @@ from sf_torch._averaging import (
     warmed_up,
 )
 from sf_torch._kernels import BaseStep, Scalars
-from sf_torch._leaves import Leaf, Leaves, gather, is_master, local
+from sf_torch._leaves import Leaf, Leaves, Scratch, gather, is_master, local
 
 
 class ScheduleFree(torch.optim.Optimizer):
@@ -306,7 +306,7 @@ class ScheduleFree(torch.optim.Optimizer):
             leaves = [self._leaf(p, group) for p in given]
             scalars = self._scalars(group)
             base = self._base_step(group, scalars.lr)
-            batches = list(gather(leaves, group["b1"], together=True, blocks=False))
+            batches = list(gather(leaves, group["b1"], Scratch(), blocks=False))
             steps.append((batches, *_kernels.as_tensors(base, scalars)))
             self._end_step(group, scalars)
         return steps
@@ -323,8 +323,9 @@ class ScheduleFree(torch.optim.Optimizer):
             if self._captures(group) and _fused.is_captured(plan):
                 # The graph reads them whenever it is replayed.
                 self.__dict__.setdefault("_captured", []).append(plan.tables)
+        scratch = self.__dict__.setdefault("_scratch", Scratch())
         together = group.get("foreach") is not False
-        for batch in gather(others, group["b1"], together):
+        for batch in gather(others, group["b1"], scratch, together):
             batch.advance(lambda leaves: self._move_z(leaves, base), scalars)
         self._end_step(group, scalars)
 
