@@ -5,16 +5,8 @@ r"""Muon with Schedule-Free averaging; parameters that are not matrices under Ad
     z' = z - lr_k (O(m) + \lambda p)
 
 with O(m) the momentum m of the gradients at y, orthogonalised, as
-``optax.contrib.muon`` does it. Everything else about the two is the rule's.
-
-NorMuon divides each row of P = O(m), which is what enters one output neuron (a column
-of a Flax kernel), by its size so far, and gives the whole the size of an AdamW step:
-
-.. math::
-
-    v &= b_2 v + (1 - b_2)\, \mathrm{mean}_{row}(P^2),
-        \quad \hat P = P / (\sqrt v + \epsilon) \\
-    z' &= z - lr_k (0.2 \sqrt{mn}\, \hat P / |\hat P|_F + \lambda p)
+``optax.contrib.muon`` does it; or with its rows normalised, see :mod:`sf_jax._normuon`.
+Everything else is the rule's.
 
 References:
   Jordan et al., *Muon: An optimizer for hidden layers in neural networks*,
@@ -27,8 +19,7 @@ References:
 """
 
 from collections.abc import Callable
-from math import prod, sqrt
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +28,7 @@ import optax
 from sf_jax import _averaging, _checks
 from sf_jax._adamw import positive_eps
 from sf_jax._double import scalar_dtype
+from sf_jax._normuon import normuon
 from sf_jax._schedule_free import schedule_free
 
 
@@ -189,7 +181,7 @@ def schedule_free_muon(
             **muon_options,
         )
     else:
-        muon = _normuon(lr, row_b2, momentum, b2, least, weight_decay, **muon_options)
+        muon = normuon(lr, row_b2, momentum, b2, least, weight_decay, **muon_options)
     return schedule_free(
         muon,
         lr,
@@ -201,113 +193,3 @@ def schedule_free_muon(
         decay_at=decay_at,
         store_x=store_x,
     )
-
-
-class RowState(NamedTuple):
-    """The second moments of NorMuon."""
-
-    v: optax.Params  # like params, of size 1 along what enters an output neuron
-
-
-def _normuon(
-    lr: Callable[[jax.Array], jax.Array],
-    row_b2: float,
-    momentum: float,
-    b2: float,
-    eps: jax.Array,
-    weight_decay: float,
-    *,
-    consistent_rms: float = 0.2,
-    muon_weight_dimension_numbers: Any = None,
-    adam_learning_rate: optax.ScalarOrSchedule | None = None,
-    weight_decay_mask: Any = None,
-    **options: Any,
-) -> optax.GradientTransformation:
-    """As ``optax.contrib.muon``, with :func:`_normalise_rows` after Newton-Schulz."""
-
-    def dimensions(params: optax.Params) -> Any:
-        return _dimension_numbers(muon_weight_dimension_numbers, params)
-
-    def labels(params: optax.Params) -> Any:
-        return jax.tree.map(
-            lambda numbers: "adam" if numbers is None else "muon",
-            dimensions(params),
-            is_leaf=_is_numbers,
-        )
-
-    muon = optax.chain(
-        optax.contrib.scale_by_muon(
-            beta=momentum, eps=eps, weight_dimension_numbers=dimensions, **options
-        ),
-        _normalise_rows(row_b2, eps, consistent_rms, dimensions),
-        optax.add_decayed_weights(weight_decay, weight_decay_mask),
-        optax.scale_by_learning_rate(lr),
-    )
-    adam = optax.adamw(
-        lr if adam_learning_rate is None else adam_learning_rate,
-        b1=0.0,  # β takes its place
-        b2=b2,
-        eps=eps,
-        weight_decay=weight_decay,
-    )
-    return optax.partition({"muon": muon, "adam": adam}, labels)
-
-
-def _normalise_rows(
-    b2: float, eps: jax.Array, rms: float, dimensions: Callable[[optax.Params], Any]
-) -> optax.GradientTransformation:
-    """P̂, of this root mean square. A leaf's other axes count separate matrices."""
-
-    def init(params: optax.Params) -> RowState:
-        def zeros(p: jax.Array, numbers: Any) -> jax.Array:
-            inputs = _axes(numbers.reduction_axis, p)
-            shape = (1 if a in inputs else size for a, size in enumerate(p.shape))
-            return jnp.zeros(tuple(shape), p.dtype)
-
-        return RowState(jax.tree.map(zeros, params, dimensions(params)))
-
-    def update(
-        updates: optax.Updates, state: RowState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, RowState]:
-        def second_moment(p: jax.Array, v: jax.Array, numbers: Any) -> jax.Array:
-            inputs = _axes(numbers.reduction_axis, p)
-            total = jnp.sum(p**2, axis=inputs, keepdims=True)
-            return b2 * v + (1 - b2) * total / max(1, prod(p.shape[a] for a in inputs))
-
-        def normalise(p: jax.Array, v: jax.Array, numbers: Any) -> jax.Array:
-            p = p / (jnp.sqrt(v) + eps)
-            axes = tuple(a for axis in numbers for a in _axes(axis, p))
-            norm = jnp.sqrt(jnp.sum(p**2, axis=axes, keepdims=True))
-            size = prod(p.shape[a] for a in axes)
-            return rms * sqrt(size) * p / jnp.maximum(norm, eps)
-
-        numbers = dimensions(updates)
-        v = jax.tree.map(second_moment, updates, state.v, numbers)
-        return jax.tree.map(normalise, updates, v, numbers), RowState(v)
-
-    return optax.GradientTransformation(init, update)
-
-
-def _dimension_numbers(given: Any, params: optax.Params) -> Any:
-    """optax's numbers for each leaf, None where it is no matrix.
-
-    ``given`` is what ``optax.contrib.muon`` takes: None for all leaves of two axes, a
-    tree or the beginning of one, or a function of params.
-    """
-    if given is None:
-        matrix = optax.contrib.MuonDimensionNumbers()
-        return jax.tree.map(lambda p: matrix if p.ndim == 2 else None, params)
-    return jax.tree.map(
-        lambda numbers, leaves: jax.tree.map(lambda _: numbers, leaves),
-        given(params) if callable(given) else given,
-        params,
-        is_leaf=_is_numbers,
-    )
-
-
-def _is_numbers(node: Any) -> bool:
-    return node is None or isinstance(node, optax.contrib.MuonDimensionNumbers)
-
-
-def _axes(axis: Any, leaf: jax.Array) -> tuple[int, ...]:
-    return tuple(a % leaf.ndim for a in ((axis,) if isinstance(axis, int) else axis))
