@@ -100,7 +100,7 @@ def interpolate_y(xs: Tensors, zs: Tensors, b1: float) -> Tensors:
     return torch._foreach_lerp(xs, zs, 1 - b1)
 
 
-def move_y(leaves: "Leaves", before: Tensors, scalars: Scalars) -> None:
+def move_y(leaves: "Leaves", ys: Tensors, before: Tensors, scalars: Scalars) -> None:
     """The lean update of y in place, after z has moved; before is overwritten.
 
     With d = z - y from before the step and d' = z' - y,
@@ -111,7 +111,7 @@ def move_y(leaves: "Leaves", before: Tensors, scalars: Scalars) -> None:
     rounding of z would part y from z for good. And added to y as one sum: each
     rounding of y is one of x, times 1 / β, and they add up.
     """
-    ys, zs = leaves.ys, leaves.zs
+    zs = leaves.zs
     to_z, to_step = lean_coefficients(scalars)
     if leaves.one_pass and to_step != 0:
         # PyTorch's SGD in one pass: a gradient z', whose decay by -1 makes it d', with
@@ -246,6 +246,16 @@ def set_difference(targets: Tensors, a: Tensors, b: Tensors) -> None:
     else:
         torch._foreach_copy_(targets, a)
         torch._foreach_sub_(targets, b)
+
+
+def set_between(targets: Tensors, xs: Tensors, zs: Tensors, b1: float) -> None:
+    """``target = y`` of x and z"""
+    if targets[0].device.type == "cpu" and not torch.compiler.is_compiling():
+        for target, x, z in zip(targets, xs, zs, strict=True):
+            torch.lerp(x, z, 1 - b1, out=target)
+    else:
+        torch._foreach_copy_(targets, xs)
+        torch._foreach_lerp_(targets, zs, 1 - b1)
 
 
 def _add_scaled_(tensors: Tensors, others: Tensors, scale: Number) -> None:

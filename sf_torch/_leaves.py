@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from sf_torch import _kernels
 from sf_torch._kernels import Scalars, Tensors
@@ -20,7 +21,7 @@ from sf_torch._kernels import Scalars, Tensors
 BLOCK = 2**19
 """Elements of a block: two megabytes of float32 an array."""
 
-FOR_ONE_THREAD, FOR_ALL_THREADS = 2**12, 2**15
+FOR_ONE_THREAD, FOR_ALL_THREADS = 2**8, 2**15
 """Elements of a tensor that are worth waking one more thread for, or any number."""
 
 
@@ -67,7 +68,7 @@ class Leaves:
 
     params: Tensors
     grads: Tensors
-    ys: Tensors
+    ys: Tensors | None  # None: the parameters are roundings of it, x and z have it
     zs: Tensors
     xs: Tensors | None  # None: recovered from y and z
     b1: float  # β: what ys were formed with
@@ -79,9 +80,18 @@ class Leaves:
 
     def at(self, name: str) -> Tensors:
         """x, y or z before the step."""
-        if name == "x":
-            return self.xs or _kernels.recover_x(self.ys, self.zs, self.b1)
-        return self.ys if name == "y" else self.zs
+        if name == "z":
+            return self.zs
+        if name == "y":
+            return self.ys or self._between(self.b1)
+        return self.xs or _kernels.recover_x(self.at("y"), self.zs, self.b1)
+
+    def _between(self, b1: float) -> Tensors:
+        """y of the present x and z."""
+        assert self.xs is not None
+        ys = self.spare("y")
+        _kernels.set_between(ys, self.xs, self.zs, b1)
+        return ys
 
     def spare(self, name: str) -> Tensors:
         """Memory like z for what a step needs besides its arrays."""
@@ -90,15 +100,14 @@ class Leaves:
     def advance(self, move_z: Callable[["Leaves"], None], scalars: Scalars) -> None:
         """Moves z, then x and y with it, and writes them where they stay."""
         if self.xs is None:
-            before = self.spare("z - y")
-            _kernels.set_difference(before, self.zs, self.ys)
+            ys, before = self.at("y"), self.spare("z - y")
+            _kernels.set_difference(before, self.zs, ys)
             move_z(self)
-            _kernels.move_y(self, before, scalars)
-            ys = self.ys
+            _kernels.move_y(self, ys, before, scalars)
         else:
             move_z(self)
             _kernels.move_x(self.xs, self.zs, scalars.ckp1)
-            ys = _kernels.interpolate_y(self.xs, self.zs, scalars.next_b1)
+            ys = self._between(scalars.next_b1)
         if ys is not self.params:
             torch._foreach_copy_(self.params, ys)
         if self.kept_ys is not None:
@@ -148,25 +157,25 @@ def _batch(leaves: list[Leaf], b1: float, dense: bool, scratch: Scratch) -> Leav
     dtype = torch.promote_types(dtype, torch.float32)
     narrow: list[tuple[Tensors, Tensors]] = []
 
-    def wide(tensors: list[Tensor], write_back: bool = True) -> Tensors:
+    def wide(tensors: list[Tensor]) -> Tensors:
         to = dtype if tensors[0].is_complex() else dtype.to_real()
         if tensors[0].dtype == to:
             return tensors
         copies = [t.to(to) for t in tensors]
-        if write_back:
-            narrow.append((tensors, copies))
+        narrow.append((tensors, copies))
         return copies
 
     def state(key: str) -> list[Tensor]:
         return [leaf.state[key] for leaf in leaves]
 
     params = [leaf.param for leaf in leaves]
-    grads = wide([leaf.grad for leaf in leaves], write_back=False)
     zs = wide(state("z"))
     xs = wide(state("x")) if "x" in first.state else None
-    ys = wide(params, write_back=False)
-    if xs is not None and is_master(first.state["z"], first.param):
-        ys = _kernels.interpolate_y(xs, zs, b1)
+    ys = None if xs is not None and is_master(first.state["z"], first.param) else params
+    grads: Tensors = [leaf.grad for leaf in leaves]
+    if grads[0].dtype != zs[0].dtype:
+        narrow_grads, grads = grads, scratch.like(zs, "gradient")
+        torch._foreach_copy_(grads, narrow_grads)
     moments = {
         key: wide(state(key)) for key in first.state if key not in ("x", "y", "z")
     }
@@ -174,7 +183,8 @@ def _batch(leaves: list[Leaf], b1: float, dense: bool, scratch: Scratch) -> Leav
     one_pass = (
         dense  # their kernels do not look at strides
         and _works_in_blocks(params[0])
-        and ys[0].dtype == zs[0].dtype == grads[0].dtype == torch.float32
+        and zs[0].dtype == torch.float32
+        and (ys is None or ys[0].dtype == torch.float32)
         # They wake all threads for every tensor, which takes longer than a small one.
         and sum(z.numel() for z in zs) >= _worth_all_threads() * len(zs)
     )
@@ -190,6 +200,8 @@ def is_master(z: Tensor, param: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a distributed tensor; another tensor as it is."""
+    if type(tensor) in (Tensor, Parameter):  # where thousands are asked, most are
+        return tensor
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
@@ -223,7 +235,7 @@ def in_blocks(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
 
 def same_layout(tensors: Sequence[Tensor]) -> bool:
     """Whether all fill their memory without gaps, in one and the same order."""
-    if all(t.is_contiguous() for t in tensors):
+    if all(map(Tensor.is_contiguous, tensors)):
         return True
     shape, strides = tensors[0].shape, tensors[0].stride()
     expected = 1

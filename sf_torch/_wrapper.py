@@ -116,7 +116,7 @@ class ScheduleFreeWrapper(ScheduleFree):
         zs = leaves.moments[MOVED]
         if base.weight_decay:
             scale = base.lr * base.weight_decay
-            torch._foreach_add_(zs, leaves.ys, alpha=-scale)
+            torch._foreach_add_(zs, leaves.at("y"), alpha=-scale)
         torch._foreach_copy_(leaves.zs, zs)
 
     @torch.compiler.disable  # the base's to compile, and each has ways of its own
