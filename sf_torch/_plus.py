@@ -134,6 +134,11 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
         ScheduleFree.__init__(self, params, options)
 
     def _check_group(self, group: Group) -> None:
+        if group["capturable"]:
+            raise ValueError(
+                "capturable=True does not go with a step size that is found on the "
+                "host, from the loss. Leave it out."
+            )
         super()._check_group(group)
         _checks.decay_rate("betas[0]", group["betas"][0])
         if group["sf_beta1_anneal_steps"]:

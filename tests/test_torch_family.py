@@ -160,6 +160,12 @@ def test_plus_goes_on_from_its_state_dict():
     )
 
 
+def test_plus_cannot_be_captured():
+    (p, _) = parameters()
+    with pytest.raises(ValueError, match="found on the host"):
+        sf_torch.AdamCScheduleFreePlus([{"params": [p], "capturable": True}])
+
+
 def test_plus_without_the_loss_changes_nothing():
     (p, _) = parameters()
     before = p.detach().clone()
