@@ -12,6 +12,7 @@ look at each of thousands of small tensors takes longer than the step.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from operator import attrgetter, is_
 from typing import Any
@@ -107,12 +108,11 @@ class Plan:
             for copy, leaf in zip(grads, leaves, strict=True)
             if copy is not leaf.grad
         ]
-        # For one step only, where the kernel sees a shard or a copy.
-        self.lasts = (
-            not self.copies
-            and all(local(p) is p for p in params)
-            and all(tuple(leaf.state) == self.rows for leaf in leaves)
+        # For one step only, where the kernel sees a copy.
+        self.lasts = not self.copies and all(
+            tuple(leaf.state) == self.rows for leaf in leaves
         )
+        self.sharded = any(local(p) is not p for p in params)
         if self.lasts:
             self.addresses = [_addresses([a[r] for a in arrays]) for r in arrays[0]]
             self.grads = _addresses(grads)
@@ -139,6 +139,9 @@ class Plan:
             tensors = [params, *([s[row] for s in states] for row in self.rows)]
         except KeyError:
             return False
+        if self.sharded:
+            tensors = [list(map(local, row)) for row in tensors]
+            grads = list(map(local, grads))
         if [_addresses(row) for row in tensors] != self.addresses:
             return False
         if _kinds(grads) != self.kinds:
@@ -155,13 +158,17 @@ class Plan:
 
     def step(self, base: BaseStep, scalars: Scalars) -> None:
         """Moves y, z, x and the moments of all in place."""
+        numbers: dict[torch.device, Tensor] = {}
         for launch in self.launches:
-            numbers = numbers_of(base, scalars, launch.table.device)
-            step_kernel[launch.grid](
+            device = launch.table.device
+            if device not in numbers:
+                numbers[device] = numbers_of(base, scalars, device)
+            launch.run(
+                step_kernel,
                 launch.table,
                 launch.grads,
                 launch.blocks,
-                numbers,
+                numbers[device],
                 len(launch.members),
                 *(launch.rows.index(r) if r in launch.rows else -1 for r in ROWS),
                 SIZE_ROW=len(launch.rows),
@@ -169,9 +176,6 @@ class Plan:
                 GRAD=TYPES[launch.grad],
                 MASTER=launch.master,
                 DECAY_AT=_decay_at(base),
-                ALIGNED=launch.aligned,
-                BLOCK=BLOCK,
-                enable_fp_fusion=True,  # as in PyTorch's own kernels
             )
 
 
@@ -209,16 +213,14 @@ def switch(
     taken = [tensors for tensors in lean if _switches(tensors)]
     arrays = [dict(zip(("param", "z", "y"), t, strict=True)) for t in taken]
     for launch in _launches(arrays):
-        switch_kernel[launch.grid](
+        launch.run(
+            switch_kernel,
             launch.table,
             launch.blocks,
             len(launch.members),
             1 - 1 / b1,
             1 - b1,
             TO_X=to_x,
-            ALIGNED=launch.aligned,
-            BLOCK=BLOCK,
-            enable_fp_fusion=True,
         )
     return [tensors for tensors in lean if not _switches(tensors)]
 
@@ -245,9 +247,17 @@ class Launch:
     grads: Tensor  # addresses
     blocks: Tensor
 
-    @property
-    def grid(self) -> tuple[int]:
-        return (len(self.blocks) // 2,)
+    def run(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
+        on_gpu = self.table.is_cuda
+        # Triton launches on the current device.
+        with torch.cuda.device(self.table.device) if on_gpu else nullcontext():
+            kernel[(len(self.blocks) // 2,)](
+                *arguments,
+                **constants,
+                ALIGNED=self.aligned,
+                BLOCK=BLOCK,
+                enable_fp_fusion=True,  # as in PyTorch's own kernels
+            )
 
     def take_up(self, grads: Sequence[int]) -> bool:
         """Gradients at other addresses; whether it can."""
@@ -276,12 +286,6 @@ def _launches(
         rows = [row for row in ROWS if row in first]
         sizes = [arrays[i]["param"].numel() for i in members]
         table = [arrays[i][row].data_ptr() for row in rows for i in members]
-        blocks = [
-            value
-            for which, size in enumerate(sizes)
-            for start in range(0, size, BLOCK)
-            for value in (which, start)
-        ]
         launches.append(
             Launch(
                 members,
@@ -292,10 +296,19 @@ def _launches(
                 aligned,
                 _on_device(table + sizes, device),
                 _on_device([grads[i].data_ptr() for i in members if grads], device),
-                _on_device(blocks, device),
+                _on_device(_blocks(sizes), device),
             )
         )
     return launches
+
+
+def _blocks(sizes: Sequence[int]) -> np.ndarray:
+    """For each block which tensor, and where in it the block starts; flat."""
+    counts = -(-np.array(sizes) // BLOCK)
+    which = np.repeat(np.arange(len(sizes)), counts)
+    before = np.cumsum(counts) - counts
+    start = (np.arange(len(which)) - before[which]) * BLOCK
+    return np.stack([which, start], 1).reshape(-1)
 
 
 def _decay_at(base: BaseStep) -> str:
@@ -337,7 +350,7 @@ def numbers_of(base: BaseStep, scalars: Scalars, device: torch.device) -> Tensor
     return _copied(torch.tensor(numbers, dtype=torch.float64), device)
 
 
-def _on_device(integers: Sequence[int], device: torch.device) -> Tensor:
+def _on_device(integers: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
     return _copied(torch.from_numpy(np.array(integers, np.int64)), device)
 
 

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch_cases import same
 
 import sf_torch
+from sf_torch import _fused
 
 WORLD = 2
 pytestmark = pytest.mark.xdist_group("torch-distributed")
@@ -36,6 +37,10 @@ BUILDS = {
         torch.optim.RMSprop(params, lr=0.01)
     ),
 }
+if _fused.works_on(torch.device("cpu")):  # in Triton's interpreter
+    BUILDS["fused"] = lambda params: sf_torch.AdamWScheduleFree(
+        params, lr=0.05, weight_decay=0.1, fused=True
+    )
 
 
 def network():
@@ -117,11 +122,25 @@ def fsdp_switches_modes(rank, folder):
         assert same_kinds(state.values(), model.parameters())
         model.eval()
         assert not optimizer.training
+        if name == "fused":  # whose arithmetic is another kernel's
+            close(whole(model.parameters()), x)
+            x = whole(optimizer.eval_params())
+            state = optimizer.eval_state_dict(model)
         assert same(whole(model.parameters()), x)
         assert same(whole(state.values()), x)
         model.train()
         assert same(whole(model.parameters()), y)
         handle.remove()
+
+
+def launches_over_shards_last(rank, folder):
+    if "fused" not in BUILDS:
+        return
+    model, optimizer = sharded("fused")
+    train(model, optimizer, 2, rank=rank)
+    (plan,) = optimizer._plans.values()
+    train(model, optimizer, 2, rank=rank)
+    assert [*optimizer._plans.values()] == [plan]
 
 
 def state_is_sharded(rank, folder):
@@ -201,6 +220,7 @@ CHECKS = [
     ddp_trains_to_the_same_x,
     fsdp_trains_to_the_same_x,
     fsdp_switches_modes,
+    launches_over_shards_last,
     state_is_sharded,
     sharded_checkpoints_resume,
     a_whole_checkpoint_of_shards_serves_x,
