@@ -223,6 +223,19 @@ def test_large_leaves_take_the_steps_of_their_parts(monkeypatch):
     torch.testing.assert_close(whole.detach(), joined, rtol=2e-7, atol=1e-7)
 
 
+def test_large_leaves_forget_gradients_at_the_rate_of_b2():
+    model = torch.nn.ParameterList([parameter(2**12)])
+    optimizer = started(sf_torch.AdamWScheduleFree, model)
+    for k in range(3000):
+        model[0].grad = torch.ones(2**12) if k == 0 else torch.zeros(2**12)
+        optimizer.step()
+    v = optimizer.state[model[0]]["exp_avg_sq"]
+    # The kernel's b2 is off by 1.3e-8, which comes to 3.9e-5.
+    torch.testing.assert_close(
+        v, torch.full_like(v, 0.001 * 0.999**2999), rtol=3e-6, atol=0
+    )
+
+
 def test_what_memory_held_before_does_not_enter(monkeypatch):
     def full_of_nan(scratch, tensors, name):
         return [torch.full_like(t, float("nan")) for t in tensors]
