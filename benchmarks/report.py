@@ -87,6 +87,7 @@ def markdown(rows: Sequence[Row], about: dict[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items() if v)
     where = f"{about['machine']}, at {about['commit']}"
     lines = [f"`{about['command']}` on {where}; {versions}."]
+    lines += ["", *summary(rows)]
     for title, group in _by_tree(rows):
         lines += ["", f"**{title}**", "", _line(COLUMNS), _line("-" * len(COLUMNS))]
         for row in group:
@@ -95,6 +96,27 @@ def markdown(rows: Sequence[Row], about: dict[str, Any]) -> str:
                 cells[0] = f"**{cells[0]}**"
             lines.append(_line(cells))
     return "\n".join(lines) + "\n"
+
+
+def summary(rows: Sequence[Row]) -> list[str]:
+    """A table of all trees of the steps: milliseconds, and how many floors they are."""
+    steps = [row for row in rows if row.experiment == STEPS]
+    trees = list(dict.fromkeys(row.tree for row in steps))
+    lines = [
+        _line(["ms a step (x floor)", *trees]),
+        _line(["---", *["--:"] * len(trees)]),
+    ]
+    for name in dict.fromkeys(row.candidate for row in steps):
+        of_tree = {row.tree: row for row in steps if row.candidate == name}
+        times = [_time(of_tree.get(tree)) for tree in trees]
+        lines.append(_line([f"**{name}**" if name in OURS else name, *times]))
+    return lines
+
+
+def _time(row: Row | None) -> str:
+    if row is None or row.median_ms is None:
+        return "–"
+    return f"{row.median_ms:.3g} ({row.times_floor:.1f}x)"
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -85,3 +85,9 @@ def test_docs_name_what_there_is():
             assert hasattr(package, name), name
             seen.add(name)
     assert {"schedule_free_plus", "AdamCScheduleFreePlus", "GPAAdamW"} <= seen
+
+
+def test_the_table_of_step_times_is_the_one_measured():
+    results = ROOT / "benchmarks" / "results" / "cpu" / "results.md"
+    table = re.search(r"^\| ms a step.*?\n\n", results.read_text(), re.M | re.S)
+    assert table[0] in (ROOT / "README.md").read_text()
