@@ -12,18 +12,17 @@ look at each of thousands of small tensors takes longer than the step.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from operator import attrgetter, is_
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sf_torch._averaging import Group
 from sf_torch._kernels import BaseStep, Scalars, lean_coefficients
-from sf_torch._leaves import Leaf, is_master, local, same_layout
+from sf_torch._launch import ROWS, Launch, is_capturing, launches_over, on_device
+from sf_torch._leaves import Leaf, local, same_layout
 
 try:
     import triton
@@ -32,9 +31,7 @@ try:
 except ImportError:  # PyTorch's builds for CPUs come without it
     triton = None
 
-BLOCK = 1024  # elements that one program moves
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROWS = ("param", "z", "x", "y", "exp_avg_sq", "exp_avg")  # of the table
 
 
 def works_on(device: torch.device) -> bool:
@@ -100,7 +97,7 @@ class Plan:
     ) -> None:
         grads = [_in_layout_of(leaf.param, leaf.grad) for leaf in leaves]
         arrays = [{"param": leaf.param, **leaf.state} for leaf in leaves]
-        self.launches = _launches(arrays, grads)
+        self.launches = launches_over(arrays, grads)
         self.params, self.options = params, options
         self.rows = tuple(leaves[0].state)
         self.copies = [
@@ -151,10 +148,9 @@ class Plan:
             launch.take_up(self.grads) for launch in self.launches
         )
 
-    @property
-    def tables(self) -> list[Tensor]:
-        """What the kernel reads besides parameters, gradients and state."""
-        return [t for ln in self.launches for t in (ln.table, ln.grads, ln.blocks)]
+    def captured(self) -> list[Launch]:
+        """Its launches as they are, if a CUDA graph is being made of them."""
+        return [replace(x) for x in self.launches if is_capturing(x.table)]
 
     def step(self, base: BaseStep, scalars: Scalars) -> None:
         """Moves y, z, x and the moments of all in place."""
@@ -177,11 +173,6 @@ class Plan:
                 MASTER=launch.master,
                 DECAY_AT=_decay_at(base),
             )
-
-
-def is_captured(plan: Plan) -> bool:
-    """Whether a CUDA graph is being made of the step."""
-    return plan.params[0].is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _kinds(grads: Sequence[Tensor]) -> list[Any]:
@@ -212,7 +203,7 @@ def switch(
     lean = list(lean)
     taken = [tensors for tensors in lean if _switches(tensors)]
     arrays = [dict(zip(("param", "z", "y"), t, strict=True)) for t in taken]
-    for launch in _launches(arrays):
+    for launch in launches_over(arrays):
         launch.run(
             switch_kernel,
             launch.table,
@@ -231,84 +222,6 @@ def _switches(tensors: Sequence[Tensor]) -> bool:
         and all(t.dtype == torch.float32 for t in tensors)
         and same_layout(tensors)
     )
-
-
-@dataclass
-class Launch:
-    """Parameters that are alike, and where on their device the kernel finds them."""
-
-    members: list[int]  # their places among those it was made of
-    rows: list[str]
-    param: torch.dtype
-    grad: torch.dtype
-    master: bool
-    aligned: bool
-    table: Tensor  # addresses by row and member; the sizes are the last row
-    grads: Tensor  # addresses
-    blocks: Tensor
-
-    def run(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
-        on_gpu = self.table.is_cuda
-        # Triton launches on the current device.
-        with torch.cuda.device(self.table.device) if on_gpu else nullcontext():
-            kernel[(len(self.blocks) // 2,)](
-                *arguments,
-                **constants,
-                ALIGNED=self.aligned,
-                BLOCK=BLOCK,
-                enable_fp_fusion=True,  # as in PyTorch's own kernels
-            )
-
-    def take_up(self, grads: Sequence[int]) -> bool:
-        """Gradients at other addresses; whether it can."""
-        mine = [grads[i] for i in self.members]
-        if self.aligned and any(address % 16 for address in mine):
-            return False
-        self.grads = _on_device(mine, self.table.device)
-        return True
-
-
-def _launches(
-    arrays: Sequence[dict[str, Tensor]], grads: Sequence[Tensor] = ()
-) -> list[Launch]:
-    batches: dict[Any, list[int]] = {}
-    for i, each in enumerate(arrays):
-        param = each["param"]
-        if param.numel():
-            tensors = [*each.values(), *grads[i : i + 1]]
-            starts = [t.data_ptr() for t in tensors]
-            aligned = all(n % 16 == 0 for n in (*starts, param.numel()))
-            alike = (aligned, param.device, *each, *(t.dtype for t in tensors))
-            batches.setdefault(alike, []).append(i)
-    launches = []
-    for (aligned, device, *_), members in batches.items():
-        first = arrays[members[0]]
-        rows = [row for row in ROWS if row in first]
-        sizes = [arrays[i]["param"].numel() for i in members]
-        table = [arrays[i][row].data_ptr() for row in rows for i in members]
-        launches.append(
-            Launch(
-                members,
-                rows,
-                first["param"].dtype,
-                grads[members[0]].dtype if grads else first["param"].dtype,
-                is_master(first["z"], first["param"]),
-                aligned,
-                _on_device(table + sizes, device),
-                _on_device([grads[i].data_ptr() for i in members if grads], device),
-                _on_device(_blocks(sizes), device),
-            )
-        )
-    return launches
-
-
-def _blocks(sizes: Sequence[int]) -> np.ndarray:
-    """For each block which tensor, and where in it the block starts; flat."""
-    counts = -(-np.array(sizes) // BLOCK)
-    which = np.repeat(np.arange(len(sizes)), counts)
-    before = np.cumsum(counts) - counts
-    start = (np.arange(len(which)) - before[which]) * BLOCK
-    return np.stack([which, start], 1).reshape(-1)
 
 
 def _decay_at(base: BaseStep) -> str:
@@ -347,14 +260,4 @@ def numbers_of(base: BaseStep, scalars: Scalars, device: torch.device) -> Tensor
                 for n in numbers
             ]
         )
-    return _copied(torch.tensor(numbers, dtype=torch.float64), device)
-
-
-def _on_device(integers: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
-    return _copied(torch.from_numpy(np.array(integers, np.int64)), device)
-
-
-def _copied(tensor: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return on_device(torch.tensor(numbers, dtype=torch.float64), device)

@@ -320,9 +320,8 @@ class ScheduleFree(torch.optim.Optimizer):
         base = self._base_step(group, scalars.lr)
         if plan is not None:
             plan.step(base, scalars)
-            if self._captures(group) and _fused.is_captured(plan):
-                # The graph reads them whenever it is replayed.
-                self.__dict__.setdefault("_captured", []).append(plan.tables)
+            # What a CUDA graph of the step reads whenever it is replayed.
+            self.__dict__.setdefault("_captured", []).extend(plan.captured())
         scratch = self.__dict__.setdefault("_scratch", Scratch())
         together = group.get("foreach") is not False
         for batch in gather(others, group["b1"], scratch, together):

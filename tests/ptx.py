@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sf_torch._fused import BLOCK, ROWS
+from sf_torch._launch import BLOCK, ROWS
 from sf_torch._triton import TYPES, step_kernel, switch_kernel
 
 THREADS = 4 * 32  # Triton's default, four warps

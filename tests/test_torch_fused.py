@@ -343,6 +343,37 @@ def test_a_cuda_graph_replays_the_step():
     assert_close(optimizer.eval_params(), plain.eval_params(), 8 * 2**-24)
 
 
+@pytest.mark.skipif(DEVICE != "cuda", reason="a CUDA graph needs a GPU")
+def test_a_cuda_graph_holds_the_backward_pass_too():
+    def start(**options):
+        p = torch.nn.Parameter(torch.ones(16, device="cuda"))
+        optimizer = sf_torch.AdamWScheduleFree([p], **options)
+        optimizer.train()
+        return p, optimizer
+
+    def step(p, optimizer):
+        optimizer.zero_grad()
+        p.square().sum().backward()
+        optimizer.step()
+
+    captured, plain = start(capturable=True), start()
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            step(*captured)
+    torch.cuda.current_stream().wait_stream(aside)
+    captured[1].zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(*captured)  # with gradients in memory of the graph's own
+    for _ in range(4):
+        graph.replay()
+    for _ in range(7):
+        step(*plain)
+    assert_close(captured[1].eval_params(), plain[1].eval_params(), 8 * 2**-24)
+
+
 BAD = [
     ({"fused": True, "foreach": True}, "foreach=True"),
     ({"capturable": True, "fused": False}, "fused=False"),
