@@ -118,7 +118,8 @@ def plot_distance(ax: Axes, record: Record) -> None:
         xlabel="step",
         ylabel=r"units of $2^{-23}\,\max(1, \max|w|)$",
     )
-    ax.legend()
+    # Between the limit and what stays under it.
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 0.27), labelspacing=0.2)
 
 
 def write_figure(path: Path, record: Record) -> None:
