@@ -93,7 +93,9 @@ def _normalise_rows(
         def second_moment(p: jax.Array, v: jax.Array, numbers: Any) -> jax.Array:
             inputs = _axes(numbers.reduction_axis, p)
             total = jnp.sum(p**2, axis=inputs, keepdims=True)
-            return b2 * v + (1 - b2) * total / max(1, prod(p.shape[a] for a in inputs))
+            mean = total / max(1, prod(p.shape[a] for a in inputs))
+            # Rounded to float32, b2 and 1 - b2 would not add up to 1.
+            return v + (1 - b2) * (mean - v)
 
         def normalise(p: jax.Array, v: jax.Array, numbers: Any) -> jax.Array:
             p = p / (jnp.sqrt(v) + eps)

@@ -70,7 +70,8 @@ def polyak_step_size(
                 "transformations use optax.chain, which hands value on."
             )
         norm = math.sqrt(math.pi / 2) * _total(jax.tree.map(_sum_abs, grads))
-        mean = polyak_beta * state.grad_l1 + (1 - polyak_beta) * norm
+        # Rounded to float32, polyak_beta and 1 - polyak_beta would not add up to 1.
+        mean = state.grad_l1 + (1 - polyak_beta) * (norm - state.grad_l1)
         corrected = mean / one_minus_power(polyak_beta, count)
         beta = sf_beta1(count) if callable(sf_beta1) else sf_beta1
         gap = jnp.asarray(loss, scalar_dtype()) - beta * _inner(grads, iterates)
