@@ -11,9 +11,10 @@ the launches need is kept in a :class:`Plan` for as long as nothing moves in mem
 look at each of thousands of small tensors takes longer than the step.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from operator import attrgetter, is_
+from itertools import compress
+from operator import attrgetter, is_, not_
 from typing import Any
 
 import torch
@@ -115,14 +116,14 @@ class Plan:
             self.grads = _addresses(grads)
             self.kinds = _kinds(grads)
 
-    def fits(
+    def renew(
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
         state: Mapping[Tensor, Any],
         options: Any,
     ) -> bool:
-        """Whether it is good for one more step: takes up gradients that are new."""
+        """Takes up the gradients of one more step; whether it is good for that."""
         if (
             options != self.options
             or len(params) != len(self.params)
@@ -194,15 +195,17 @@ def _in_layout_of(param: Tensor, grad: Tensor) -> Tensor:
 
 
 def switch(
-    lean: Iterable[Sequence[Tensor]], b1: float, to_x: bool
+    lean: Sequence[Sequence[Tensor]], b1: float, to_x: bool
 ) -> list[Sequence[Tensor]]:
     """Exchanges y for x in each (param, z, kept y), or x for y.
 
     Returns those that the kernel cannot take.
     """
-    lean = list(lean)
-    taken = [tensors for tensors in lean if _switches(tensors)]
-    arrays = [dict(zip(("param", "z", "y"), t, strict=True)) for t in taken]
+    taken = [_switches(tensors) for tensors in lean]
+    arrays = [
+        dict(zip(("param", "z", "y"), tensors, strict=True))
+        for tensors in compress(lean, taken)
+    ]
     for launch in launches_over(arrays):
         launch.run(
             switch_kernel,
@@ -213,7 +216,7 @@ def switch(
             1 - b1,
             TO_X=to_x,
         )
-    return [tensors for tensors in lean if not _switches(tensors)]
+    return list(compress(lean, map(not_, taken)))
 
 
 def _switches(tensors: Sequence[Tensor]) -> bool:

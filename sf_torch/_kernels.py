@@ -177,6 +177,10 @@ def move_z(leaves: "Leaves", step: BaseStep) -> None:
     _add_scaled_(leaves.zs, directions, -step.lr)
 
 
+CORRECTED_EVERY = 32
+"""Steps after which v is scaled by what the kernel's b2 is off, :func:`_error_of`."""
+
+
 def _fused_adam(leaves: "Leaves", step: BaseStep) -> None:
     v, b, b2 = list(leaves.moments["exp_avg_sq"]), step.inner_momentum, step.b2
     steps = step.steps
@@ -213,10 +217,6 @@ def _fused_adam(leaves: "Leaves", step: BaseStep) -> None:
         torch._foreach_add_(leaves.zs, targets)
     if steps % CORRECTED_EVERY == 0 and _error_of(b2) != 1:
         torch._foreach_mul_(v, _error_of(b2) ** CORRECTED_EVERY)
-
-
-CORRECTED_EVERY = 32
-"""Steps after which v is scaled by what the kernel's b2 is off, :func:`_error_of`."""
 
 
 @cache

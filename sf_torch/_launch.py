@@ -35,6 +35,7 @@ class Launch:
     staging: Tensor  # on the host, for addresses that a CUDA graph is to have
 
     def run(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
+        """Runs a kernel with a program for each block."""
         on_gpu = self.table.is_cuda
         # Triton launches on the current device.
         with torch.cuda.device(self.table.device) if on_gpu else nullcontext():

@@ -337,7 +337,7 @@ class ScheduleFree(torch.optim.Optimizer):
         options = [group.get(key) for key in ("fused", "foreach", "state_dtype")]
         kind = (*options, self._stores_x(group), self._moments(group))
         plan = plans.pop(id(group), None)
-        if plan is not None and plan.fits(params, grads, self.state, kind):
+        if plan is not None and plan.renew(params, grads, self.state, kind):
             plans[id(group)] = plan
             return plan, []
         leaves = [self._leaf(p, group) for p in params]
