@@ -27,7 +27,7 @@ test-slow: $(STAMP)  ## the long tests only
 
 tpu: $(STAMP)  ## compile every step for TPUs, on this machine (installs libtpu)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[tpu]'
-	$(BIN)/python -m pytest -m tpu tests/test_tpu_compile.py
+	$(BIN)/python -m pytest -m tpu tests/jax/test_tpu_compile.py
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
