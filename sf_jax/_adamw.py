@@ -235,7 +235,7 @@ def schedule_free_adamw(
     Raises:
       ValueError: b1, b2 or ``inner_momentum`` out of range, a negative learning rate,
         eps, weight decay or number of steps, an unknown ``decay_at`` or ``variant``.
-      TypeError: ``warmup_steps`` that is not an integer.
+      TypeError: ``warmup_steps`` that is not a whole number.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sf_jax

@@ -171,7 +171,7 @@ def scheduled(
     def step_size(count: jax.Array) -> Double:
         lr = double(learning_rate(count) if callable(learning_rate) else learning_rate)
         if warmup_steps is None or (
-            isinstance(warmup_steps, int) and warmup_steps == 0
+            isinstance(warmup_steps, (int, float)) and warmup_steps == 0
         ):
             return lr
         steps, total = _steps(count), double(warmup_steps)

@@ -68,10 +68,11 @@ def eps(value: Any) -> None:
 
 def steps(name: str, value: Any) -> None:
     if is_number(value):
-        if not isinstance(value, numbers.Integral):
+        # Trainers that read their arguments from a command line pass 100.0.
+        if value % 1 != 0:
             raise TypeError(
-                f"{name} must be an integer, got {value}. It counts steps; use "
-                f"{round(float(value))}."
+                f"{name} must be a whole number, got {value}. It counts steps; for a "
+                "share of the run, give that share times the number of its steps."
             )
         non_negative(name, value, "a number of steps; 0 turns it off")
 

@@ -78,7 +78,7 @@ def gpa_adamw(
 
     Raises:
       ValueError: an argument out of its range, an unknown ``decay_at``.
-      TypeError: ``warmup_steps`` that is not an integer.
+      TypeError: ``warmup_steps`` that is not a whole number.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sf_jax

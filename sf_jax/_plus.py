@@ -162,7 +162,7 @@ def schedule_free_plus(
 
     Raises:
       ValueError: an argument out of its range; in ``update`` a missing ``value``.
-      TypeError: a number of steps that is not an integer.
+      TypeError: a number of steps that is not a whole number.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, sf_jax

@@ -69,7 +69,7 @@ def schedule_free_prodigy(
 
     Raises:
       ValueError: an argument out of its range.
-      TypeError: ``warmup_steps`` that is not an integer.
+      TypeError: ``warmup_steps`` that is not a whole number.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sf_jax

@@ -90,7 +90,7 @@ def schedule_free_sgd(
     Raises:
       ValueError: b1 outside [0, 1], a negative learning rate, weight decay or number
         of steps, an unknown ``decay_at``.
-      TypeError: ``warmup_steps`` that is not an integer.
+      TypeError: ``warmup_steps`` that is not a whole number.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sf_jax

@@ -51,7 +51,7 @@ class AdamWScheduleFree(ScheduleFree):
 
     Raises:
       ValueError: an argument out of its range.
-      TypeError: ``warmup_steps`` that is not an integer.
+      TypeError: ``warmup_steps`` that is not a whole number.
 
     Examples:
       >>> import torch, sf_torch

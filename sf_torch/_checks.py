@@ -68,10 +68,11 @@ def non_negative(name: str, value: Any) -> None:
 
 
 def warmup_steps(name: str, value: Any) -> None:
-    if not isinstance(value, numbers.Integral):
+    # Trainers that read their arguments from a command line pass 100.0.
+    if not isinstance(value, numbers.Real) or value % 1 != 0:
         raise TypeError(
-            f"{name} must be an integer, got {value}. It counts steps; use "
-            f"{round(float(value))}."
+            f"{name} must be a whole number, got {value}. It counts steps; for a share "
+            "of the run, give that share times the number of its steps."
         )
     if value < 0:
         raise ValueError(

@@ -55,7 +55,7 @@ class GPAAdamW(AdamWScheduleFree):
 
     Raises:
       ValueError: an argument out of its range.
-      TypeError: ``warmup_steps`` that is not an integer.
+      TypeError: ``warmup_steps`` that is not a whole number.
 
     Examples:
       >>> import torch, sf_torch

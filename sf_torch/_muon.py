@@ -63,7 +63,7 @@ class Muon(torch.optim.Optimizer):
 
     Raises:
       ValueError: an argument out of its range, or a parameter that is no real matrix.
-      TypeError: ``ns_steps`` that is not an integer.
+      TypeError: ``ns_steps`` that is not a whole number.
 
     Examples:
       >>> import torch, sf_torch

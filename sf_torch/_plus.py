@@ -72,7 +72,7 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
 
     Raises:
       ValueError: an argument out of its range.
-      TypeError: a number of steps that is not an integer.
+      TypeError: a number of steps that is not a whole number.
 
     Examples:
       >>> import torch, sf_torch

@@ -41,7 +41,7 @@ class SGDScheduleFree(ScheduleFree):
 
     Raises:
       ValueError: an argument out of its range.
-      TypeError: ``warmup_steps`` that is not an integer.
+      TypeError: ``warmup_steps`` that is not a whole number.
 
     Examples:
       >>> import torch, sf_torch

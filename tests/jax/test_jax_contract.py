@@ -249,7 +249,7 @@ BAD_ARGUMENTS = [
     ({"b2": 1.0}, ValueError, r"b2 must lie in \[0, 1\), got 1.0"),
     ({"inner_momentum": 1.5}, ValueError, "inner_momentum.*got 1.5"),
     ({"warmup_steps": -3}, ValueError, "warmup_steps.*got -3"),
-    ({"warmup_steps": 2.5}, TypeError, "warmup_steps must be an integer, got 2.5"),
+    ({"warmup_steps": 2.5}, TypeError, "warmup_steps must be a whole number, got 2.5"),
     ({"decay_at": "w"}, ValueError, "'y', 'z', 'x', got 'w'"),
     ({"variant": "fast"}, ValueError, "variant.*got 'fast'"),
     ({"state_dtype": jnp.int32}, ValueError, "state_dtype.*int32"),

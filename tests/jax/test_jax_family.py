@@ -354,5 +354,5 @@ def test_bad_arguments_are_refused(factory, options, message):
 
 
 def test_half_steps_are_refused():
-    with pytest.raises(TypeError, match=r"c_warmup must be an integer, got 2\.5"):
+    with pytest.raises(TypeError, match=r"c_warmup must be a whole number, got 2\.5"):
         sf_jax.schedule_free_plus(c_warmup=2.5)
