@@ -32,6 +32,7 @@ from sf_torch._sgd import (
     SGDScheduleFreeClosure,
     SGDScheduleFreeReference,
 )
+from sf_torch._stand_in import replace_schedulefree
 from sf_torch._together import Together
 from sf_torch._wrapper import ScheduleFreeWrapper, ScheduleFreeWrapperReference
 from sf_torch.batchnorm import update_bn
@@ -69,6 +70,7 @@ __all__ = [
     "load_checkpoint",
     "read_record",
     "record",
+    "replace_schedulefree",
     "save_checkpoint",
     "update_bn",
 ]

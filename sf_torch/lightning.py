@@ -1,8 +1,10 @@
 """The right mode at every stage of a Lightning run. Needs ``pytorch-lightning``."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
+
+from torch.optim import Optimizer
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,7 +19,15 @@ class ScheduleFreeCallback(Callback):
 
     Every Schedule-Free optimizer of the module is switched, others are left alone. A
     checkpoint holds x, ready to serve, whenever it is written; a run that resumes from
-    it goes on at the y that it left. After ``fit`` the module holds x.
+    it goes on at the y that it left. After ``fit`` the module holds x, also when an
+    exception or Ctrl-C ended it. The learning rate finder and the batch size scaler
+    work as usual.
+
+    The order of the callbacks does not matter: this one puts itself first. Beside it,
+    ``StochasticWeightAveraging`` averages the x of each epoch, and
+    ``EMAWeightAveraging`` the y of each step. What they put into the module is
+    validated, and is what the module holds after ``fit``; neither changes the x that a
+    checkpoint resumes from. x is an average already, so that neither is needed.
 
     Examples:
       ``Trainer(callbacks=[ScheduleFreeCallback()])``; the module's
@@ -25,43 +35,78 @@ class ScheduleFreeCallback(Callback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lets every save of a fit find x, from whichever callback it comes."""
+        """Goes first, and lets every step and every save of a fit find its weights."""
+        # Whoever overwrites weights must find x there: y would be taken for it.
+        trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]
+        _to_x(trainer)
         if stage != "fit":
             return
-        save = trainer.save_checkpoint
 
-        # There is a hook for the content of a save, but it comes after the weights
-        # have been read, and not at all for save_weights_only.
-        def save_at_x(*args: Any, **kwargs: Any) -> None:
-            with ExitStack() as stack:
+        # Hooks of callbacks are not enough. Lightning's tuner runs without them; the
+        # hook for the content of a save comes after the weights have been read.
+        strategy = trainer.strategy
+        start_batch, take_step = strategy.on_train_batch_start, strategy.optimizer_step
+
+        # StochasticWeightAveraging ends with a pass for BatchNorm at its average. It
+        # has no backward pass: neither y nor a step from old gradients belongs there.
+        def on_train_batch_start(*args: Any, **kwargs: Any) -> None:
+            if not trainer.fit_loop._skip_backward:
                 for optimizer in _schedule_free(trainer):
-                    stack.enter_context(optimizer.eval_mode())
-                save(*args, **kwargs)
+                    optimizer.train()
+            start_batch(*args, **kwargs)
 
-        trainer.__dict__["save_checkpoint"] = save_at_x
+        def optimizer_step(
+            optimizer: Optimizer, closure: Callable[[], Any], **kwargs: Any
+        ) -> Any:
+            if trainer.fit_loop._skip_backward:
+                return closure()
+            return take_step(optimizer, closure, **kwargs)
+
+        strategy.__dict__["on_train_batch_start"] = on_train_batch_start
+        strategy.__dict__["optimizer_step"] = optimizer_step
+        strategy.__dict__["validation_step"] = _at_x(trainer, strategy.validation_step)
+        trainer.__dict__["save_checkpoint"] = _at_x(trainer, trainer.save_checkpoint)
 
     def teardown(
         self, trainer: Trainer, pl_module: LightningModule, stage: str
     ) -> None:
         """Takes it back."""
-        if stage == "fit":
-            trainer.__dict__.pop("save_checkpoint", None)
+        for name in ("on_train_batch_start", "optimizer_step", "validation_step"):
+            trainer.strategy.__dict__.pop(name, None)
+        trainer.__dict__.pop("save_checkpoint", None)
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """To y, after whatever came between."""
-        for optimizer in _schedule_free(trainer):
-            optimizer.train()
+        """To x, for whoever saves, evaluates or overwrites the module now."""
+        _to_x(trainer)
+        self.teardown(trainer, pl_module, "fit")
 
     def _to_x(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for optimizer in _schedule_free(trainer):
-            optimizer.eval()
+        _to_x(trainer)
 
+    # Before other callbacks put their averages there for the validation,
     on_validation_start = _to_x
     on_test_start = _to_x
     on_predict_start = _to_x
+    # or for good; StochasticWeightAveraging does so at the start of an epoch.
+    on_train_epoch_end = _to_x
     on_train_end = _to_x
+
+
+def _to_x(trainer: Trainer) -> None:
+    for optimizer in _schedule_free(trainer):
+        optimizer.eval()
+
+
+def _at_x(trainer: Trainer, call: Callable[..., Any]) -> Callable[..., Any]:
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for optimizer in _schedule_free(trainer):
+                stack.enter_context(optimizer.eval_mode())
+            return call(*args, **kwargs)
+
+    return called
 
 
 def _schedule_free(trainer: Trainer) -> Iterator[ScheduleFree]:

@@ -1,7 +1,10 @@
 """The right mode at every stage of a Hugging Face run. Needs ``transformers``."""
 
+from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import (
     TrainerCallback,
     TrainerControl,
@@ -18,6 +21,11 @@ class ScheduleFreeCallback(TrainerCallback):
     run that resumes from it goes on at the y that it left. After ``train()`` the model
     holds x, also the best one of ``load_best_model_at_end``.
 
+    The order of the callbacks does not matter, nor who asks for a save: while the run
+    lasts, and after Ctrl-C or an exception, ``model.state_dict()`` and whatever is made
+    from it, such as ``trainer.save_model()``, is at x, and ``model.load_state_dict()``
+    replaces x.
+
     Raises:
       ValueError: as training begins, an optimizer that has no modes.
 
@@ -26,6 +34,9 @@ class ScheduleFreeCallback(TrainerCallback):
       with ``lr_scheduler_type="constant"``: decay schedules do not belong here.
     """
 
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -33,7 +44,7 @@ class ScheduleFreeCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Refuses what it could not switch."""
+        """Refuses what it could not switch, and ties the model's state dict to x."""
         optimizer = kwargs["optimizer"]
         inner = getattr(optimizer, "optimizer", optimizer)
         if not (hasattr(inner, "train") and hasattr(inner, "eval")):
@@ -41,6 +52,14 @@ class ScheduleFreeCallback(TrainerCallback):
                 f"the optimizer is {type(inner).__name__}, which has no train() and "
                 "eval(). Pass optimizers=(sf_torch.AdamWScheduleFree(...), None)."
             )
+        self._release()
+        # No event tells of a save beforehand, and none of Ctrl-C.
+        to_x = _ToX(optimizer.eval)
+        for module in kwargs["model"].modules():
+            self._handles += [
+                module.register_state_dict_pre_hook(to_x),
+                module.register_load_state_dict_pre_hook(to_x),
+            ]
 
     def on_step_begin(
         self,
@@ -52,17 +71,6 @@ class ScheduleFreeCallback(TrainerCallback):
         """To y, after whatever came between."""
         kwargs["optimizer"].train()
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        """To x where a save or an evaluation follows."""
-        if control.should_save or control.should_evaluate:
-            kwargs["optimizer"].eval()
-
     def on_epoch_end(
         self,
         args: TrainingArguments,
@@ -70,7 +78,7 @@ class ScheduleFreeCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """To x: what follows may save, evaluate, or load the best x."""
+        """To x: what follows may evaluate, or load the best x."""
         kwargs["optimizer"].eval()
 
     def on_train_end(
@@ -80,5 +88,26 @@ class ScheduleFreeCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """To x, for whoever saves the model now."""
+        """To x, for whoever uses the model now."""
         kwargs["optimizer"].eval()
+        self._release()
+
+    def _release(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+class _ToX:
+    """A hook of a module, called before its state dict is read or replaced."""
+
+    def __init__(self, switch: Callable[[], None] | None = None) -> None:
+        self.switch = switch
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        if self.switch is not None:
+            self.switch()
+
+    def __reduce__(self) -> tuple[type["_ToX"], tuple[()]]:
+        # A copy of the module, and a pickled one, belongs to no optimizer.
+        return _ToX, ()
