@@ -9,9 +9,19 @@ r"""The scalars of a step: its size, its bias corrections and its averaging weig
     c_k &= w_k / W_k \quad\text{(0 while } W_k = 0\text{)}
 
 One counter ``k`` serves the base step and the average; it is 0 at the first step.
-All of it is at least float32, whatever the parameters are, and the weights carry
-twice that (see :mod:`sf_jax._double`), so that ``c_k`` stays right to the last
-digit for 1e8 steps.
+All of it is at least float32, whatever the parameters are.
+
+w and W leave the range of float32 soon, with r = 10 after 7,000 steps. So the sum is
+kept in units of the latest weight, as :math:`R_k = W_k / w_k`:
+
+.. math::
+
+    R_k &= 1 + R_{k-1} w_{k-1} / w_k, \qquad c_k = 1 / R_k \\
+    \log \frac{w_{k-1}}{w_k} &= r \log \frac{k}{k+1}
+        + weight\_lr\_power \, \log \frac{lr_{max,k-1}}{lr_{max,k}}
+
+R carries twice the digits of a float (see :mod:`sf_jax._double`), so that ``c_k``
+stays right to the last digit for 1e8 steps.
 
 References:
   Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
@@ -32,9 +42,12 @@ from sf_jax._double import Double, double, scalar_dtype
 class Weights(NamedTuple):
     """What the average has to remember."""
 
-    weight_sum: Double  # W, the sum of averaging weights
+    ratio: Double  # R: the sum of averaging weights over the latest of them
     lr_max: jax.Array  # () scalar_dtype(): the largest step size so far
 
+
+# R at most. c_k is 0 to all digits then.
+_NEVER_LEFT = 1e30
 
 Average = Callable[[jax.Array, Double, Weights], tuple[jax.Array, Weights]]
 """``(count, lr_k, weights) -> (c_k, weights)``: how much of z' enters x."""
@@ -56,12 +69,18 @@ def polynomial_average(
     ) -> tuple[jax.Array, Weights]:
         # Where lr is the largest so far, its own low part belongs to it.
         lr_max = _double.where(lr.hi >= weights.lr_max, lr, double(weights.lr_max))
-        weight = _double.multiply(
-            _double.power(_steps(count), r), _double.power(lr_max, weight_lr_power)
+        shrink = _weight_before(count, weights.lr_max, lr_max.hi, r, weight_lr_power)
+        # Not times 1 + shrink: XLA makes 1 + expm1(a) one exp(a), of half the digits.
+        before = _double.add(
+            weights.ratio, _double.multiply(weights.ratio, double(shrink))
         )
-        weight_sum = _double.add(weights.weight_sum, weight)
-        ckp1 = jnp.where(weight_sum.hi > 0, _double.divide(weight, weight_sum).hi, 0.0)
-        return ckp1, Weights(weight_sum, lr_max.hi)
+        weight = _latest_weight(lr_max, weight_lr_power)
+        ratio = _double.add(before, weight)
+        # Weights that fall, as with r < 0, let it grow without end.
+        ratio = _double.where(ratio.hi < _NEVER_LEFT, ratio, double(_NEVER_LEFT))
+        some = ratio.hi > 0
+        ckp1 = _double.divide(weight, _double.where(some, ratio, double(1.0))).hi
+        return jnp.where(some, ckp1, 0.0), Weights(ratio, lr_max.hi)
 
     return average
 
@@ -156,8 +175,8 @@ def average_after(c_warmup: jax.typing.ArrayLike, average: Average) -> Average:
     ) -> tuple[jax.Array, Weights]:
         ckp1, later = average(count, lr, weights)
         warming = count < c_warmup
-        weight_sum = _double.where(warming, weights.weight_sum, later.weight_sum)
-        return jnp.where(warming, 1.0, ckp1), Weights(weight_sum, later.lr_max)
+        ratio = _double.where(warming, weights.ratio, later.ratio)
+        return jnp.where(warming, 1.0, ckp1), Weights(ratio, later.lr_max)
 
     return delayed
 
@@ -174,7 +193,8 @@ def scheduled(
             isinstance(warmup_steps, (int, float)) and warmup_steps == 0
         ):
             return lr
-        steps, total = _steps(count), double(warmup_steps)
+        # At least 1, since 0 may be injected and is not to be divided by.
+        steps, total = _steps(count), double(jnp.maximum(warmup_steps, 1))
         return _double.where(
             steps.hi < total.hi,
             _double.multiply(lr, _double.divide(steps, total)),
@@ -186,8 +206,12 @@ def scheduled(
 
 def one_minus_power(b: jax.typing.ArrayLike, count: jax.Array) -> jax.Array:
     """``1 - b^(count + 1)``, the bias correction, without cancellation."""
-    steps = (count + 1).astype(scalar_dtype())
-    return -jnp.expm1(steps * log(b))
+    return -jnp.expm1(steps_taken(count) * log(b))
+
+
+def steps_taken(count: jax.typing.ArrayLike) -> jax.Array:
+    """``count + 1``, this step included; in float, since an int32 may be at its end."""
+    return jnp.asarray(count, scalar_dtype()) + 1
 
 
 def log(b: jax.typing.ArrayLike) -> jax.Array:
@@ -202,6 +226,54 @@ def complement(b: jax.typing.ArrayLike) -> jax.Array:
     return jnp.asarray(1 - b, scalar_dtype())
 
 
+def _weight_before(
+    count: jax.Array,
+    lr_max_before: jax.Array,
+    lr_max: jax.Array,
+    r: jax.typing.ArrayLike,
+    weight_lr_power: jax.typing.ArrayLike,
+) -> jax.Array:
+    """``w_{k-1} / w_k - 1``, a small number in most steps, right to its own digits.
+
+    It may be any finite number where nothing has had weight: then what it is
+    multiplied by is 0.
+    """
+    log_ratio = jnp.zeros((), scalar_dtype())
+    if not _is_known_zero(r):
+        log_ratio += _scalar(r) * jnp.log1p(-1 / jnp.maximum(steps_taken(count), 2))
+    if not _is_known_zero(weight_lr_power):
+        log_ratio += _scalar(weight_lr_power) * _log_quotient(lr_max_before, lr_max)
+    return jnp.expm1(log_ratio)
+
+
+def _log_quotient(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``log(a / b)`` for 0 <= a <= b; 0 where a is. Finite slopes everywhere."""
+    known = a > 0
+    a, b = jnp.where(known, a, 1), jnp.where(known, b, 1)
+    quotient = jnp.maximum(a / b, jnp.finfo(b.dtype).tiny)
+    # Where they are near, the difference is exact and the quotient is not.
+    near = jnp.log1p(-jnp.minimum((b - a) / b, 0.5))
+    return jnp.where(quotient > 0.5, near, jnp.log(quotient))
+
+
+def _latest_weight(lr_max: Double, weight_lr_power: jax.typing.ArrayLike) -> Double:
+    """``w_k`` in units of ``(k+1)^r lr_max.hi^power``: 1, but for the part in lo."""
+    if _is_known_zero(weight_lr_power):
+        return double(1.0)
+    power, positive = _scalar(weight_lr_power), lr_max.hi > 0
+    rest = power * (lr_max.lo / jnp.where(positive, lr_max.hi, 1))
+    one = jnp.where(positive | (power == 0), jnp.ones_like(rest), 0)
+    return Double(one, rest)
+
+
+def _is_known_zero(value: jax.typing.ArrayLike) -> bool:
+    return _checks.is_number(value) and value == 0
+
+
+def _scalar(value: jax.typing.ArrayLike) -> jax.Array:
+    return jnp.asarray(value, scalar_dtype())
+
+
 def _steps(count: jax.Array) -> Double:
-    """``k + 1``; added in float, since an int32 count may already be saturated."""
+    """``k + 1`` with all its digits."""
     return _double.add(double(count), double(1))

@@ -66,18 +66,6 @@ def divide(a: Double, b: Double) -> Double:
     return _renormalise(quotient, rest / b.hi)
 
 
-def power(a: Double, exponent: jax.typing.ArrayLike) -> Double:
-    """``a ** exponent``: with all digits for 0, 1 and 2, else with those of hi."""
-    if isinstance(exponent, (int, float)):
-        if exponent == 0:
-            return double(1.0)
-        if exponent == 1:
-            return a
-        if exponent == 2:
-            return multiply(a, a)
-    return double(a.hi ** jnp.asarray(exponent, a.hi.dtype))
-
-
 def where(condition: jax.Array, a: Double, b: Double) -> Double:
     return Double(jnp.where(condition, a.hi, b.hi), jnp.where(condition, a.lo, b.lo))
 

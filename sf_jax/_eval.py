@@ -22,7 +22,7 @@ Path = tuple[str, ...]
 _ROOT: Path = ()  # of a tree that is a single leaf
 
 # What tells a ScheduleFreeState that came back from a checkpoint as a dict.
-_FIELDS_OF_A_RESTORED_STATE = {"count", "b1", "weight_sum", "z"}
+_FIELDS_OF_A_RESTORED_STATE = {"count", "b1", "lr_max", "z"}
 
 
 class _Owned(NamedTuple):

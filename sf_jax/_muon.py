@@ -27,7 +27,6 @@ import optax
 
 from sf_jax import _averaging, _checks
 from sf_jax._adamw import positive_eps
-from sf_jax._double import scalar_dtype
 from sf_jax._normuon import normuon
 from sf_jax._schedule_free import schedule_free
 
@@ -74,7 +73,7 @@ def growing_b1(
 
     def beta(count: jax.Array) -> jax.Array:
         # The y that step k forms is where gradient t = k + 2 is taken.
-        ratio = (steps - 1) / jnp.asarray(count + 1, scalar_dtype())
+        ratio = (steps - 1) / _averaging.steps_taken(count)
         return 1 - _averaging.complement(b1) * jnp.minimum(ratio, 1) ** rho
 
     return beta

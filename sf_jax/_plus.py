@@ -76,7 +76,10 @@ def polyak_step_size(
         beta = sf_beta1(count) if callable(sf_beta1) else sf_beta1
         gap = jnp.asarray(loss, scalar_dtype()) - beta * _inner(grads, iterates)
         # Without a gradient there is no direction either, and any step will do.
-        ratio = jnp.where(corrected > 0, jnp.maximum(gap, 0) / corrected, 0.0)
+        some = corrected > 0
+        ratio = jnp.where(
+            some, jnp.maximum(gap, 0) / jnp.where(some, corrected, 1), 0.0
+        )
         lr, least = scheduled(count), double(eps)
         lr = _double.where(lr.hi >= least.hi, lr, least)
         kept = corrected if upstream_compatible else mean

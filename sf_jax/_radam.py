@@ -29,7 +29,7 @@ import optax
 
 from sf_jax import _averaging, _checks, _double
 from sf_jax._adamw import AdamWState, denominator, init_moments, update_moments
-from sf_jax._averaging import Average, complement, one_minus_power
+from sf_jax._averaging import Average, complement, one_minus_power, steps_taken
 from sf_jax._decay import Mask, add_decay
 from sf_jax._double import Double, double, scalar_dtype
 from sf_jax._schedule_free import Base, Iterates, like, of_count, rule, widen
@@ -52,7 +52,7 @@ def rho(b2: jax.typing.ArrayLike, count: jax.Array) -> jax.Array:
     With a = -log b2 and L(h) = coth h - 1/h, it equals L(a/2) + t (1 - L(a t/2)), in
     which nothing cancels.
     """
-    steps = (count + 1).astype(scalar_dtype())
+    steps = steps_taken(count)
     a = -_averaging.log(b2)
     return (1 - _one_minus_langevin(a / 2)) + steps * _one_minus_langevin(a * steps / 2)
 
@@ -63,7 +63,8 @@ def _one_minus_langevin(h: jax.Array) -> jax.Array:
         jnp.asarray(_LANGEVIN[::-1], scalar_dtype()), small * small
     )
     large = jnp.maximum(h, 0.25)
-    closed = 1 / large - 2 / jnp.expm1(2 * large)
+    # 2 / expm1(2 h), by powers that vanish and do not overflow.
+    closed = 1 / large + 2 * jnp.exp(-2 * large) / jnp.expm1(-2 * large)
     return jnp.where(h < 0.25, 1 - series, closed)
 
 
@@ -71,8 +72,13 @@ def rectification(b2: jax.typing.ArrayLike, count: jax.Array) -> jax.Array:
     """The factor on lr where ρ > 4, else 0."""
     now = rho(b2, count)
     rho_inf = 2 / complement(b2) - 1
+    rectified = now > 4
+    # Anything above 4 where it is not taken: roots and quotients of what is below have
+    # no slope, or none that is finite. ρ∞ > 4 wherever ρ is.
+    now = jnp.where(rectified, now, 5)
+    rho_inf = jnp.where(rectified, rho_inf, 5)
     factor = (now - 4) / (rho_inf - 4) * ((now - 2) / (rho_inf - 2)) * (rho_inf / now)
-    return jnp.where(now > 4, jnp.sqrt(jnp.maximum(factor, 0)), 0)
+    return jnp.where(rectified, jnp.sqrt(factor), 0)
 
 
 def radam_base(

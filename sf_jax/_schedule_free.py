@@ -56,8 +56,8 @@ class ScheduleFreeState(NamedTuple):
     # () int32: steps taken; stops at its largest value
     count: jax.Array  # type: ignore[assignment]  # tuples have a method of this name
     b1: jax.Array  # () scalar: β, the interpolation that formed the present y
-    weight_sum: jax.Array  # () scalar: W, the sum of averaging weights
-    weight_sum_lo: jax.Array  # () scalar: what rounding left over of it
+    weight_ratio: jax.Array  # () scalar: W / w, averaging weights over the latest
+    weight_ratio_lo: jax.Array  # () scalar: what rounding left over of it
     lr_max: jax.Array  # () scalar: the largest step size so far
     z: optax.Params  # like params: the base optimizer's iterate
     x: optax.Params  # like z: the average; optax.MaskedNode where y and z give it
@@ -154,8 +154,8 @@ def rule(
             count=count,
             # A copy: an injected β lies in the state a second time.
             b1=_copy(next_b1(count), scalar_dtype()),
-            weight_sum=zero,
-            weight_sum_lo=zero.copy(),
+            weight_ratio=zero,
+            weight_ratio_lo=zero.copy(),
             lr_max=zero.copy(),
             z=z,
             x=x,
@@ -198,7 +198,7 @@ def rule(
         ckp1, weights = average(
             state.count,
             lr,
-            Weights(Double(state.weight_sum, state.weight_sum_lo), state.lr_max),
+            Weights(Double(state.weight_ratio, state.weight_ratio_lo), state.lr_max),
         )
         b1_of_y = next_b1(state.count)
         z_coefficient, step_coefficient = _lean_coefficients(
@@ -236,8 +236,8 @@ def rule(
         return updates, ScheduleFreeState(
             count=optax.safe_increment(state.count),
             b1=jnp.asarray(b1_of_y, scalar_dtype()),
-            weight_sum=weights.weight_sum.hi,
-            weight_sum_lo=weights.weight_sum.lo,
+            weight_ratio=weights.ratio.hi,
+            weight_ratio_lo=weights.ratio.lo,
             lr_max=weights.lr_max,
             z=z,
             x=x,

@@ -4,6 +4,7 @@ Tensors are only asked for their values and for new ones like themselves; NumPy 
 may stand in for them everywhere.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,8 @@ class Scalars:
     weight_sum: float
     lr_max: float
     b1: float | None  # None: the group does not tell
+    r: float | None
+    weight_lr_power: float | None
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> "Scalars":
@@ -49,8 +52,42 @@ class Scalars:
             k=int(group.get("k", 0)),
             weight_sum=float(group.get("weight_sum", 0.0)),
             lr_max=max(float(group.get("lr_max", 0.0)), 0.0),  # starts at -1
-            b1=None if b1 is None else float(b1),
+            b1=_float(b1),
+            r=_float(group.get("r")),
+            weight_lr_power=_float(group.get("weight_lr_power")),
         )
+
+    def unit(self, k: int, lr_max: float) -> float:
+        """What W is divided by in JAX and not in PyTorch: the weight of the last step.
+
+        1 where PyTorch divides too, in both packages by the same rule: where one of
+        the weight's factors lies beyond ``2^±500``.
+
+        Args:
+          k: steps taken, at least 1.
+          lr_max: as the JAX state has it, rounded.
+        """
+        r = 0.0 if self.r is None else self.r
+        power = 2.0 if self.weight_lr_power is None else self.weight_lr_power
+        lr_max = lr_max if lr_max > 0 else 1.0  # no step has had a weight by it
+        if max(abs(r * math.log2(k)), abs(power * math.log2(lr_max))) > 500:
+            return 1.0
+        return float(k) ** r * lr_max**power
+
+    def ratio(self, lr_max: float, problems: list[str]) -> float:
+        """``W / w``, what the JAX state holds; what speaks against it into problems."""
+        if self.weight_sum == 0:
+            return 0.0
+        ratio = self.weight_sum / self.unit(max(self.k, 1), lr_max)
+        told = self.r is not None and self.weight_lr_power is not None
+        # So many weights, of which none is larger than the last.
+        if not told and not 1 - 1e-5 <= ratio <= self.k * (1 + 1e-5):
+            problems.append(
+                f"different: {self.k} steps of r = 0 and weight_lr_power = 2 do not "
+                f"add up to a weight_sum of {self.weight_sum:g}. The optimizer's "
+                "param_groups do not tell both: write them into these"
+            )
+        return ratio
 
 
 @dataclass(frozen=True)
@@ -177,6 +214,10 @@ def common_scalars(
             + ". Give each a transformation with optax.partition"
         )
     return next(iter(by_value)) if len(by_value) == 1 else None
+
+
+def _float(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def to_numpy(tensor: Any) -> np.ndarray:

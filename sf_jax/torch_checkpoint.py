@@ -8,10 +8,14 @@ y and the optimizer state of a Flax model, Linen or NNX, under any optax combina
     state:     z, x                              z, x
                exp_avg_sq, exp_avg               nu, mu
                momentum_buffer                   trace
-    group:     k, weight_sum, lr_max, β          count, weight_sum + weight_sum_lo, ...
+    group:     k, lr_max, β                      count, lr_max, b1
+               weight_sum                        weight_ratio + weight_ratio_lo
 
 PyTorch's modes are resolved on the way: in JAX params always hold y. Where one of x
-and y is missing it comes from the other and z, in double precision. Nothing here
+and y is missing it comes from the other and z, in double precision. JAX keeps the sum
+of weights in units of the last, ``k^r lr_max^weight_lr_power``, with the two powers
+that the group has; Meta's wrapper keeps them elsewhere, and then they are taken for its
+defaults, 0 and 2, unless you write them into the group. Nothing here
 imports torch; tensors are only asked for their values.
 
 References:
@@ -172,13 +176,14 @@ def from_torch(
 
         y_of.update({path: p.y(b1) for path, p in owned.items()})
         k = min(scalars.k, np.iinfo(np.int32).max)
-        weight_sum = np.asarray(scalars.weight_sum, scalar_dtype())
-        rest = scalars.weight_sum - float(weight_sum)
+        lr_max = np.asarray(scalars.lr_max, scalar_dtype())
+        ratio = scalars.ratio(float(lr_max), problems)
+        rounded = np.asarray(ratio, scalar_dtype())
         return state._replace(
             count=_as(k, state.count),
-            weight_sum=_as(weight_sum, state.weight_sum),
-            weight_sum_lo=_as(rest, state.weight_sum_lo),
-            lr_max=_as(scalars.lr_max, state.lr_max),
+            weight_ratio=_as(rounded, state.weight_ratio),
+            weight_ratio_lo=_as(ratio - float(rounded), state.weight_ratio_lo),
+            lr_max=_as(lr_max, state.lr_max),
             z=fill("z", state.z),
             x=fill("x", state.x),
             base_state=jax.tree.map_with_path(fill_base, state.base_state),
@@ -427,13 +432,20 @@ def _group_scalars(
 ) -> dict[str, float]:
     hi, lo, lr_max, k = (
         jax.tree.leaves(field)[0].item()
-        for field in (state.weight_sum, state.weight_sum_lo, state.lr_max, state.count)
+        for field in (
+            state.weight_ratio,
+            state.weight_ratio_lo,
+            state.lr_max,
+            state.count,
+        )
     )
+    there = Scalars.of(group)
+    weight_sum = (hi + lo) * there.unit(k, lr_max) if hi else 0.0
     # float32 is all that JAX keeps of it; the group may know the number itself.
     if (lr := group.get("lr")) is not None and np.float32(lr) == np.float32(lr_max):
         lr_max = float(lr)
-    _b1(state, Scalars.of(group), problems)
-    return {"k": k, "weight_sum": hi + lo, "lr_max": lr_max}
+    _b1(state, there, problems)
+    return {"k": k, "weight_sum": weight_sum, "lr_max": lr_max}
 
 
 def _refuse_step_size_state(state: ScheduleFreeState) -> None:

@@ -6,6 +6,9 @@
     W_k    = W_{k-1} + w_k
     c_k    = w_k / W_k, and 0 while W_k = 0
 
+Where a factor of w_k lies beyond 2^±500, W is kept in units of w_k, since neither need
+fit into a double: ``weight_sum`` is then W_k / w_k.
+
 k counts the steps taken, 0 at the first; base step and average share it. All of it
 lives in the parameter group as Python numbers, whatever the parameters' dtype, or
 with ``capturable`` as float64 tensors on the device: the functions take either.
@@ -52,13 +55,30 @@ def warmed_up(lr: Any, k: Any, warmup_steps: int) -> Any:
 
 def polynomial_weight(group: Group, lr: Any, r: float, weight_lr_power: float) -> Any:
     """Enters step k's weight into the group's sum; returns c_k."""
-    lr_max = _max(lr, group["lr_max"])
-    weight = (group["k"] + 1) ** r * lr_max**weight_lr_power
-    weight_sum = group["weight_sum"] + weight
+    k, lr_max = group["k"], _max(lr, group["lr_max"])
+    weight, log_unit = _weight(k + 1, lr_max, r, weight_lr_power)
+    _, log_unit_before = _weight(_max(k, 1), group["lr_max"], r, weight_lr_power)
+    weight_sum = group["weight_sum"] * _exp2(log_unit_before - log_unit) + weight
     set_counter(group, "lr_max", lr_max)
     set_counter(group, "weight_sum", weight_sum)
     # Dividing by 1 where the sum is 0: then the weight is 0 as well.
     return weight / where(weight_sum > 0, weight_sum, 1.0)
+
+
+def _weight(t: Any, lr_max: Any, r: float, weight_lr_power: float) -> tuple[Any, Any]:
+    """``t^r lr_max^power`` in units of ``2^log_unit``, and log_unit.
+
+    The unit is 1 where both factors lie within 2^±500, else the weight itself. It
+    follows from what the group holds and so need not be remembered.
+    """
+    log_steps = r * _log2(t)
+    # No step has had a weight by lr_max where it is 0 (or -1, at the start).
+    log_lr = weight_lr_power * _log2(where(lr_max > 0, lr_max, 1.0))
+    fits = _max(abs(log_steps), abs(log_lr)) <= 500
+    if not isinstance(fits, Tensor) and not fits:  # such a power of numbers raises
+        return 1.0, log_steps + log_lr
+    weight = t ** float(r) * lr_max ** float(weight_lr_power)
+    return where(fits, weight, 1.0), where(fits, 0.0, log_steps + log_lr)
 
 
 def one_minus_power(b: float, k: Any) -> Any:
@@ -92,6 +112,16 @@ def _min(a: Any, b: Any) -> Any:
 
 def _max(a: Any, b: Any) -> Any:
     return torch.clamp(a, min=b) if isinstance(a, Tensor) else max(a, b)
+
+
+def _log2(a: Any) -> Any:
+    return torch.log2(a) if isinstance(a, Tensor) else math.log2(a)
+
+
+def _exp2(a: Any) -> Any:
+    """Of a number that is not far above 0: units grow, unless weights fall."""
+    a = _min(a, 1000.0)
+    return torch.exp2(a) if isinstance(a, Tensor) else math.exp2(a)
 
 
 def _expm1(a: Any) -> Any:

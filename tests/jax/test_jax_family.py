@@ -221,7 +221,7 @@ def test_plus_on_eight_devices_is_plus_on_one():
 
 
 def test_the_average_weighs_by_what_prodigy_found():
-    """With d doubling at each step, W after k steps is the sum of 4^i."""
+    """With d doubling at each step, W after k steps is the sum of 4^i, w is 4^k."""
 
     def update(updates, state, params=None):
         return jax.tree.map(lambda g: -state * g, updates), 2 * state
@@ -229,9 +229,9 @@ def test_the_average_weighs_by_what_prodigy_found():
     doubling = optax.GradientTransformation(lambda params: jnp.float32(1), update)
     tx = sf_jax.schedule_free(doubling, 1.0, lr_scale=lambda d: d)
     params, state = jnp.ones(2), tx.init(jnp.ones(2))
-    for expected in (4, 4 + 16, 4 + 16 + 64):
+    for expected in (4 / 4, (4 + 16) / 16, (4 + 16 + 64) / 64):
         _, state = tx.update(params, state, params)
-        assert state.weight_sum == expected
+        assert state.weight_ratio == expected
 
 
 def test_the_base_sees_the_sequence_that_decay_at_names():

@@ -514,11 +514,12 @@ def test_parameter_without_a_gradient_so_far_has_not_moved():
 
 def test_weight_sum_keeps_a_double_s_digits():
     net, optimizer = started(adamw(schedulefree))
-    saved = optimizer.param_groups[0]["weight_sum"] = 1.0 + 1e-9
+    group = optimizer.param_groups[0]
+    saved = group["weight_sum"] = 1.0 + 1e-9
     state = ported(net, optimizer, TO_JAX["adamw"]).opt_state
-    assert float(state.weight_sum) + float(state.weight_sum_lo) == pytest.approx(
-        saved, rel=1e-14
-    )
+    latest = group["k"] ** group["r"] * float(np.float32(group["lr_max"])) ** 2
+    ratio = float(state.weight_ratio) + float(state.weight_ratio_lo)
+    assert ratio == pytest.approx(saved / latest, rel=1e-14)
 
 
 def test_needs_no_torch():
