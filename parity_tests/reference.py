@@ -180,13 +180,14 @@ class SGD:
 
 
 class AdamW:
-    """u = -lr_k (ĝ / (sqrt(v / (1 - b2^(k+1))) + eps) + λ p)
+    """u = -lr_k (ĝ / (sqrt(v / (1 - b2^t)) + eps) + λ p)
 
     with v = b2 v + (1 - b2) |g|², and ĝ = g or, with inner momentum b,
-    m = b m + (1 - b) g and ĝ = m / (1 - b^(k+1)).
+    m = b m + (1 - b) g and ĝ = m / (1 - b^t). t counts the gradients that the leaf has
+    had: k + 1 where it never missed one, as in torch.optim.
 
     ``variant="paper"`` has sqrt(v) + eps in the denominator; ``"algoperf"`` has that,
-    and its steps (not its averaging weights) are times sqrt(1 - b2^(k+1)).
+    and its steps (not its averaging weights) are times sqrt(1 - b2^t).
     """
 
     def __init__(
@@ -202,22 +203,26 @@ class AdamW:
         self.weight_decay, self.decay_at = weight_decay, decay_at
         self.variant = variant
         self.v, self.m = Leaves(), Leaves()
+        self.t: dict[str, int] = {}  # gradients that each leaf has had
 
     def direction(self, n: str, g: np.ndarray, k: int) -> np.ndarray:
         b2, b = self.b2, self.inner_momentum
+        t = self.t[n] = self.t.get(n, 0) + 1
         self.v[n] = b2 * self.v.get(n, 0.0) + (1 - b2) * np.abs(g) ** 2
         self.m[n] = b * self.m.get(n, 0.0) + (1 - b) * g
-        numerator = self.m[n] / (1 - b ** (k + 1))
-        correction = 1 - b2 ** (k + 1) if self.variant == "standard" else 1.0
+        numerator = self.m[n] / (1 - b**t)
+        correction = 1 - b2**t if self.variant == "standard" else 1.0
         return numerator / (np.sqrt(self.v[n] / correction) + self.eps)
 
     def __call__(self, now: Now, lr: float) -> Leaves:
-        if self.variant == "algoperf":
-            lr = lr * sqrt(1 - self.b2 ** (now.k + 1))
+        if self.variant == "paper":  # whose lr_k has the correction of step k
+            lr = lr / sqrt(1 - self.b2 ** (now.k + 1))
         u = Leaves()
         for n, g in now.grads.items():
             p = getattr(now, self.decay_at)[n]
             u[n] = -lr * (self.direction(n, g, now.k) + self.weight_decay * p)
+            if self.variant != "standard":
+                u[n] = u[n] * sqrt(1 - self.b2 ** self.t[n])
         return u
 
 

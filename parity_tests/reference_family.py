@@ -78,7 +78,7 @@ class PolyakStep:
 
 
 class AdamC(AdamW):
-    """u = -lr_k ĝ / (sqrt(v / (1 - b2^(k+1))) + eps) - lr_k² λ y"""
+    """u = -lr_k ĝ / (sqrt(v / (1 - b2^t)) + eps) - lr_k² λ y"""
 
     def __call__(self, now: Now, lr: float) -> Leaves:
         return {

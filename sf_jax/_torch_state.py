@@ -145,6 +145,7 @@ def read_parameters(
                 key: to_numpy(value)
                 for key, value in optimizer["state"].get(index, {}).items()
                 if value is not None  # SGD's buffer where it has no momentum
+                and not (key == "missed" and int(value) == 0)
             }
             problems += [
                 f"misshapen: {key} {value.shape} of {name} {param.shape}; is the "

@@ -43,11 +43,18 @@ class AdamWScheduleFree(ScheduleFree):
         the plain gradient, which keeps no first moment.
       decay_at: "y", "z" or "x": what the decay pulls towards zero by.
       store_x: keep x in the state.
-      state_dtype: dtype of the state. By default that of each parameter, float32 for
+      state_dtype: dtype of z and x. By default that of each parameter, float32 for
         those narrower than it.
       fused: one kernel for the whole step (CUDA, with Triton); None where it works.
       capturable: counters on the device, for CUDA graphs; needs ``fused``. An ``lr``
         that is to change between replays must be a tensor there.
+      upstream_compatible: correct bias by the group's count of steps, as
+        ``schedulefree`` does. By default each parameter has its own count, as in
+        ``torch.optim``; with the group's, the first steps of a parameter whose
+        gradients begin late are up to ``1 / sqrt(1 - b2)`` times too long.
+      moment_dtype: dtype of the moments; by default that of each parameter, float32
+        for those narrower than it, whatever ``state_dtype`` is. A bfloat16 second
+        moment stalls: its changes are smaller than its rounding.
 
     Raises:
       ValueError: an argument out of its range.
@@ -88,6 +95,8 @@ class AdamWScheduleFree(ScheduleFree):
         state_dtype: torch.dtype | None = None,
         fused: bool | None = None,
         capturable: bool = False,
+        upstream_compatible: bool = False,
+        moment_dtype: torch.dtype | None = None,
     ) -> None:
         options = {
             "lr": lr,
@@ -100,6 +109,8 @@ class AdamWScheduleFree(ScheduleFree):
             "foreach": foreach,
             "inner_momentum": inner_momentum,
             "decay_at": decay_at,
+            "upstream_compatible": upstream_compatible,
+            "moment_dtype": moment_dtype,
         }
         super().__init__(
             params, options | bookkeeping(store_x, state_dtype, fused, capturable)
@@ -114,8 +125,8 @@ class AdamWScheduleFree(ScheduleFree):
         """Decay rate of the first moment in the numerator; 0 for no such moment."""
         return group["inner_momentum"]
 
-    def _base_step(self, group: Group, lr: float) -> BaseStep:
-        b, b2, k = self._inner_momentum(group), group["betas"][1], group["k"]
+    def _base_step(self, group: Group, lr: float, k: Any) -> BaseStep:
+        b, b2 = self._inner_momentum(group), group["betas"][1]
         return BaseStep(
             lr,
             float(group["weight_decay"]),
@@ -156,8 +167,12 @@ class AdamWScheduleFreePaper(AdamWScheduleFree):
         correction = one_minus_power(group["betas"][1], group["k"])
         return super()._step_size(group) * correction**0.5
 
-    def _base_step(self, group: Group, lr: float) -> BaseStep:
-        return super()._base_step(group, lr)._replace(correction=1.0, steps=None)
+    def _base_step(self, group: Group, lr: float, k: Any) -> BaseStep:
+        # lr has the correction of the group's count; the step has the parameter's.
+        b2 = group["betas"][1]
+        ratio = one_minus_power(b2, k) / one_minus_power(b2, group["k"])
+        step = super()._base_step(group, lr * ratio**0.5, k)
+        return step._replace(correction=1.0, steps=None)
 
 
 class AdamWScheduleFreeAlgoPerf(AdamWScheduleFree):
@@ -192,9 +207,9 @@ class AdamWScheduleFreeAlgoPerf(AdamWScheduleFree):
         lr, least = super()._step_size(group), group["eps"]
         return where(lr > least, lr, least)
 
-    def _base_step(self, group: Group, lr: float) -> BaseStep:
-        correction = one_minus_power(group["betas"][1], group["k"])
-        step = super()._base_step(group, lr * correction**0.5)
+    def _base_step(self, group: Group, lr: float, k: Any) -> BaseStep:
+        correction = one_minus_power(group["betas"][1], k)
+        step = super()._base_step(group, lr * correction**0.5, k)
         return step._replace(correction=1.0, steps=None)
 
 

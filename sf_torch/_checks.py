@@ -116,4 +116,5 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "refined_c": non_negative,
     "decay_at": decay_at,
     "state_dtype": state_dtype,
+    "moment_dtype": state_dtype,
 }

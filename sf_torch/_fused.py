@@ -23,7 +23,7 @@ from torch import Tensor
 from sf_torch._averaging import Group
 from sf_torch._kernels import BaseStep, Scalars, lean_coefficients
 from sf_torch._launch import ROWS, Launch, is_capturing, launches_over, on_device
-from sf_torch._leaves import Leaf, local, same_layout
+from sf_torch._leaves import MISSED, Leaf, local, same_layout
 
 try:
     import triton
@@ -131,7 +131,7 @@ class Plan:
         ):
             return False
         states = [state[p] for p in params]
-        if any(len(s) != len(self.rows) for s in states):
+        if any(len(s) - (MISSED in s) != len(self.rows) for s in states):
             return False
         try:
             tensors = [params, *([s[row] for s in states] for row in self.rows)]

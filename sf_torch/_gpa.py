@@ -17,6 +17,8 @@ References:
   https://github.com/facebookresearch/optimizers (gpa, the published code)
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -48,10 +50,14 @@ class GPAAdamW(AdamWScheduleFree):
       fused: one kernel for the whole step (CUDA, with Triton); None where it works.
       decay_at: "z", "y" or "x": what the decay pulls towards zero by.
       store_x: keep x in the state.
-      state_dtype: dtype of the state. By default that of each parameter, float32 for
+      state_dtype: dtype of z and x. By default that of each parameter, float32 for
         those narrower than it.
       upstream_compatible: decay as the published code does, which moves x too (see
-        the module); at "z" or "y".
+        the module), at "z" or "y", and correct bias by the group's count of steps,
+        not by each parameter's own.
+      moment_dtype: dtype of the moments; by default that of each parameter, float32
+        for those narrower than it, whatever ``state_dtype`` is. A bfloat16 second
+        moment stalls: its changes are smaller than its rounding.
 
     Raises:
       ValueError: an argument out of its range.
@@ -91,6 +97,7 @@ class GPAAdamW(AdamWScheduleFree):
         store_x: bool = False,
         state_dtype: torch.dtype | None = None,
         upstream_compatible: bool = False,
+        moment_dtype: torch.dtype | None = None,
     ) -> None:
         options = {
             "lr": lr,
@@ -103,6 +110,7 @@ class GPAAdamW(AdamWScheduleFree):
             "foreach": foreach,
             "decay_at": decay_at,
             "upstream_compatible": upstream_compatible,
+            "moment_dtype": moment_dtype,
         }
         options |= bookkeeping(store_x, state_dtype, fused)
         ScheduleFree.__init__(self, params, options)
@@ -127,8 +135,8 @@ class GPAAdamW(AdamWScheduleFree):
     def _inner_momentum(self, group: Group) -> float:
         return group["betas"][0]
 
-    def _base_step(self, group: Group, lr: float) -> BaseStep:
-        step = super()._base_step(group, lr)
+    def _base_step(self, group: Group, lr: float, k: Any) -> BaseStep:
+        step = super()._base_step(group, lr, k)
         return step._replace(weight_decay=0.0) if group["upstream_compatible"] else step
 
     def _leaf(self, p: Tensor, group: Group) -> Leaf:

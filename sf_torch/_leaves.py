@@ -7,7 +7,7 @@ large kernels. Arithmetic is done in the widest dtype of parameter and state, at
 float32, on copies where a tensor is narrower than that.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,15 @@ BLOCK = 2**19
 
 FOR_ONE_THREAD, FOR_ALL_THREADS = 2**8, 2**15
 """Elements of a tensor that are worth waking one more thread for, or any number."""
+
+MISSED = "missed"
+"""Key in the state of a parameter: steps of its group in which it had no gradient,
+those before its first gradient included. Absent, as in Meta's states, it is 0."""
+
+
+def arrays(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The arrays in the state of a parameter, which have the parameter's shape."""
+    return {key: value for key, value in state.items() if key != MISSED}
 
 
 @dataclass

@@ -34,7 +34,16 @@ from sf_torch._averaging import (
     warmed_up,
 )
 from sf_torch._kernels import BaseStep, Scalars
-from sf_torch._leaves import Leaf, Leaves, Scratch, gather, is_master, local
+from sf_torch._leaves import (
+    MISSED,
+    Leaf,
+    Leaves,
+    Scratch,
+    arrays,
+    gather,
+    is_master,
+    local,
+)
 
 
 class ScheduleFree(torch.optim.Optimizer):
@@ -59,8 +68,8 @@ class ScheduleFree(torch.optim.Optimizer):
         """Keys of the arrays that the base step keeps for each parameter."""
         return ()
 
-    def _base_step(self, group: Group, lr: float) -> BaseStep:
-        """How z moves, in numbers."""
+    def _base_step(self, group: Group, lr: float, k: Any) -> BaseStep:
+        """How z moves, in numbers, after k steps of the parameter's own."""
         raise NotImplementedError
 
     def _move_z(self, leaves: Leaves, base: BaseStep) -> None:
@@ -162,22 +171,27 @@ class ScheduleFree(torch.optim.Optimizer):
         """The state of a parameter, made or completed where that is needed."""
         state = self.state[p]
         dtype = _state_dtype(p.dtype, group["state_dtype"])
-        for key, value in state.items():
-            if value.dtype != dtype:
-                # Another package's state may have come in the parameters' own dtype.
-                state[key] = value.to(dtype if value.is_complex() else dtype.to_real())
+        moments = self._moments(group)
+        dtypes = dict.fromkeys(("z", "x", "y"), dtype) | dict.fromkeys(
+            moments, _state_dtype(p.dtype, group.get("moment_dtype"))
+        )
+        for key in dtypes.keys() & state.keys():
+            # Another package's state may have come in the parameters' own dtype.
+            state[key] = _to_dtype(state[key], dtypes[key])
         begins = "z" not in state
         if begins:
             state["z"] = p.detach().to(dtype, copy=True)
+            if self._counts_apart(group):
+                state[MISSED] = int(group["k"])
         if "x" not in state and (self._stores_x(group) or is_master(state["z"], p)):
             # x, y and z begin as one.
             x = p if begins else self._x(p, group)
             state["x"] = x.detach().to(dtype, copy=True)
-        for key in self._moments(group):
+        for key in moments:
             if key not in state:
                 # Moments start at zero; that of |g|² is real.
                 like = state["z"].real if key == "exp_avg_sq" else state["z"]
-                state[key] = torch.zeros_like(like)
+                state[key] = _to_dtype(torch.zeros_like(like), dtypes[key])
         return state
 
     def _stores_x(self, group: Group) -> bool:
@@ -302,43 +316,77 @@ class ScheduleFree(torch.optim.Optimizer):
             if self._fuses(group) or self._captures(group) or not in_numbers:
                 self._step_group(group)
                 continue
-            given = [p for p in group["params"] if p.grad is not None]
-            leaves = [self._leaf(p, group) for p in given]
+            parts = [
+                (missed, [self._leaf(p, group) for p in params])
+                for missed, params in self._parts(group)
+            ]
             scalars = self._scalars(group)
-            base = self._base_step(group, scalars.lr)
-            batches = list(gather(leaves, group["b1"], Scratch(), blocks=False))
-            steps.append((batches, *_kernels.as_tensors(base, scalars)))
+            for missed, leaves in parts:
+                base = self._base_step(group, scalars.lr, group["k"] - missed)
+                batches = list(gather(leaves, group["b1"], Scratch(), blocks=False))
+                steps.append((batches, *_kernels.as_tensors(base, scalars)))
             self._end_step(group, scalars)
         return steps
 
     def _step_group(self, group: Group) -> None:
-        plan, others = self._plan(group)
+        # Plans by what their parameters have missed; those of this step are kept.
+        plans = self.__dict__.setdefault("_plans", {})
+        former = plans.pop(id(group), {})
+        kept: dict[int, _fused.Plan] = {}
+        parts = [
+            (missed, *self._plan(group, params, missed, former, kept))
+            for missed, params in self._parts(group)
+        ]
+        plans[id(group)] = kept
         if self._captures(group):
-            _fused.refuse_others(others)
+            for *_, others in parts:
+                _fused.refuse_others(others)
             to_device(group, group["params"][0].device)
         scalars = self._scalars(group)
-        base = self._base_step(group, scalars.lr)
-        if plan is not None:
-            plan.step(base, scalars)
-            # What a CUDA graph of the step reads whenever it is replayed.
-            self.__dict__.setdefault("_captured", []).extend(plan.captured())
         scratch = self.__dict__.setdefault("_scratch", Scratch())
         together = group.get("foreach") is not False
-        for batch in gather(others, group["b1"], scratch, together):
-            batch.advance(lambda leaves: self._move_z(leaves, base), scalars)
+        for missed, plan, others in parts:
+            base = self._base_step(group, scalars.lr, group["k"] - missed)
+            if plan is not None:
+                plan.step(base, scalars)
+                # What a CUDA graph of the step reads whenever it is replayed.
+                self.__dict__.setdefault("_captured", []).extend(plan.captured())
+            for batch in gather(others, group["b1"], scratch, together):
+                batch.advance(partial(self._move_z, base=base), scalars)
         self._end_step(group, scalars)
 
-    def _plan(self, group: Group) -> tuple[_fused.Plan | None, list[Leaf]]:
+    def _counts_apart(self, group: Group) -> bool:
+        """Whether bias is corrected by each parameter's own count of steps."""
+        return bool(self._moments(group)) and not group.get("upstream_compatible")
+
+    def _parts(self, group: Group) -> list[tuple[int, list[Tensor]]]:
+        """The parameters with a gradient, apart by how many steps they have missed."""
+        given = [p for p in group["params"] if p.grad is not None]
+        if not self._counts_apart(group):
+            return [(0, given)]
+        parts: dict[int, list[Tensor]] = {}
+        for p in given:
+            state = self.state.get(p) or {}
+            missed = state.get(MISSED, 0) if "z" in state else int(group["k"])
+            parts.setdefault(missed, []).append(p)
+        return list(parts.items()) or [(0, [])]
+
+    def _plan(
+        self,
+        group: Group,
+        params: list[Tensor],
+        missed: int,
+        former: dict[int, _fused.Plan],
+        kept: dict[int, _fused.Plan],
+    ) -> tuple[_fused.Plan | None, list[Leaf]]:
         """The fused kernel's part of the step, and the parameters that it leaves."""
-        plans = self.__dict__.setdefault("_plans", {})
-        found = [(p, grad) for p in group["params"] if (grad := p.grad) is not None]
-        params, grads = zip(*found, strict=True) if found else ((), ())
+        grads = [p.grad for p in params if p.grad is not None]
         # What decides on the arrays that a parameter has, and on how they move.
-        options = [group.get(key) for key in ("fused", "foreach", "state_dtype")]
+        options = [group.get(key) for key in _DECIDING]
         kind = (*options, self._stores_x(group), self._moments(group))
-        plan = plans.pop(id(group), None)
+        plan = former.get(missed)
         if plan is not None and plan.renew(params, grads, self.state, kind):
-            plans[id(group)] = plan
+            kept[missed] = plan
             return plan, []
         leaves = [self._leaf(p, group) for p in params]
         fuses = self._fuses(group)
@@ -350,11 +398,11 @@ class ScheduleFree(torch.optim.Optimizer):
         if len(mine) < len(leaves):
             return plan, list(compress(leaves, map(not_, taken)))
         if plan.lasts:
-            plans[id(group)] = plan
+            kept[missed] = plan
         return plan, []
 
     def _leaf(self, p: Tensor, group: Group) -> Leaf:
-        state = {k: local(value) for k, value in self._state_of(p, group).items()}
+        state = {k: local(a) for k, a in arrays(self._state_of(p, group)).items()}
         assert p.grad is not None
         return Leaf(local(p.detach()), local(p.grad), state)
 
@@ -376,9 +424,12 @@ class ScheduleFree(torch.optim.Optimizer):
         return Scalars(lr, ckp1, group["b1"], self._beta(group))
 
     def _end_step(self, group: Group, scalars: Scalars) -> None:
+        still = [p for p in group["params"] if p.grad is None and self.state.get(p)]
+        if self._counts_apart(group):
+            for p in still:
+                self._miss(p, group)
         if scalars.next_b1 != scalars.b1:
             # Parameters that took no step have their y in another place now.
-            still = [p for p in group["params"] if p.grad is None and self.state.get(p)]
             for p in still:
                 state = self._state_of(p, group)
                 xs_and_zs = _kernels.wide(self._x(p, group), state["z"])
@@ -388,6 +439,18 @@ class ScheduleFree(torch.optim.Optimizer):
                         kept.copy_(y)
             group["b1"] = scalars.next_b1
         set_counter(group, "k", group["k"] + 1)
+
+    def _miss(self, p: Tensor, group: Group) -> None:
+        """Counts a step that the parameter did not take."""
+        state = self.state[p]
+        missed = state.get(MISSED, 0)
+        if self._captures(group):
+            # On the device, as k is: a CUDA graph of the step moves both.
+            if not isinstance(missed, Tensor):
+                missed = torch.full_like(group["k"], missed)
+            state[MISSED] = missed.add_(1)
+        else:
+            state[MISSED] = missed + 1
 
 
 def saved_states(
@@ -418,6 +481,14 @@ def restore_dtypes(
 def _state_dtype(param: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
     dtype = asked or torch.promote_types(param, torch.float32)
     return torch.promote_types(dtype, torch.complex64) if param.is_complex else dtype
+
+
+def _to_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same in dtype, which is that of its parts where value is complex or not."""
+    return value.to(dtype if value.is_complex() else dtype.to_real())
+
+
+_DECIDING = ("fused", "foreach", "state_dtype", "moment_dtype")
 
 
 def bookkeeping(

@@ -64,11 +64,15 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
       foreach: False for one parameter at a time, else as many as pay.
       fused: one kernel for the whole step (CUDA, with Triton); None where it works.
       store_x: keep x in the state.
-      state_dtype: dtype of the state. By default that of each parameter, float32 for
+      state_dtype: dtype of z and x. By default that of each parameter, float32 for
         those narrower than it.
       upstream_compatible: follow the published code also where it corrects its mean
         of the gradients' size for bias again and again, so that with
-        ``polyak_beta > 0`` the step size vanishes.
+        ``polyak_beta > 0`` the step size vanishes, and correct bias by the group's
+        count of steps, not by each parameter's own.
+      moment_dtype: dtype of the moments; by default that of each parameter, float32
+        for those narrower than it, whatever ``state_dtype`` is. A bfloat16 second
+        moment stalls: its changes are smaller than its rounding.
 
     Raises:
       ValueError: an argument out of its range.
@@ -112,6 +116,7 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
         store_x: bool = False,
         state_dtype: torch.dtype | None = None,
         upstream_compatible: bool = False,
+        moment_dtype: torch.dtype | None = None,
     ) -> None:
         options = {
             "lr": lr,
@@ -128,6 +133,7 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
             "foreach": foreach,
             "decay_at": "y",
             "upstream_compatible": upstream_compatible,
+            "moment_dtype": moment_dtype,
             "grad_l1_ema": 0.0,
         }
         options |= bookkeeping(store_x, state_dtype, fused)
@@ -214,8 +220,8 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
     def _inner_momentum(self, group: Group) -> float:
         return group["betas"][0]
 
-    def _base_step(self, group: Group, lr: float) -> BaseStep:
-        step = super()._base_step(group, lr)
+    def _base_step(self, group: Group, lr: float, k: Any) -> BaseStep:
+        step = super()._base_step(group, lr, k)
         return step._replace(weight_decay=lr * step.weight_decay)
 
 

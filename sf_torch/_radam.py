@@ -6,6 +6,8 @@ References:
     https://arxiv.org/abs/1908.03265 (the rectification)
 """
 
+from typing import Any
+
 import torch
 from torch.optim.optimizer import ParamsT
 
@@ -37,11 +39,18 @@ class RAdamScheduleFree(ScheduleFree):
       foreach: False for one parameter at a time, else as many as pay.
       silent_sgd_phase: whether the first steps move nothing.
       store_x: keep x in the state.
-      state_dtype: dtype of the state. By default that of each parameter, float32 for
+      state_dtype: dtype of z and x. By default that of each parameter, float32 for
         those narrower than it.
       fused: one kernel for the whole step (CUDA, with Triton); None where it works.
       capturable: counters on the device, for CUDA graphs; needs ``fused``. An ``lr``
         that is to change between replays must be a tensor there.
+      upstream_compatible: correct bias by the group's count of steps, as
+        ``schedulefree`` does. By default each parameter has its own count, as in
+        ``torch.optim``; with the group's, the first steps of a parameter whose
+        gradients begin late are up to ``1 / sqrt(1 - b2)`` times too long.
+      moment_dtype: dtype of the moments; by default that of each parameter, float32
+        for those narrower than it, whatever ``state_dtype`` is. A bfloat16 second
+        moment stalls: its changes are smaller than its rounding.
 
     Raises:
       ValueError: an argument out of its range.
@@ -78,6 +87,8 @@ class RAdamScheduleFree(ScheduleFree):
         state_dtype: torch.dtype | None = None,
         fused: bool | None = None,
         capturable: bool = False,
+        upstream_compatible: bool = False,
+        moment_dtype: torch.dtype | None = None,
     ) -> None:
         options = {
             "lr": lr,
@@ -88,6 +99,8 @@ class RAdamScheduleFree(ScheduleFree):
             "weight_lr_power": weight_lr_power,
             "foreach": foreach,
             "silent_sgd_phase": silent_sgd_phase,
+            "upstream_compatible": upstream_compatible,
+            "moment_dtype": moment_dtype,
         }
         super().__init__(
             params, options | bookkeeping(store_x, state_dtype, fused, capturable)
@@ -102,8 +115,8 @@ class RAdamScheduleFree(ScheduleFree):
         lr = number(group["lr"], keep_tensor=self._captures(group))
         return lr * where(rectified, factor, sgd)
 
-    def _base_step(self, group: Group, lr: float) -> BaseStep:
-        b2, k = group["betas"][1], group["k"]
+    def _base_step(self, group: Group, lr: float, k: Any) -> BaseStep:
+        b2 = group["betas"][1]
         return BaseStep(
             lr,
             float(group["weight_decay"]),
@@ -111,7 +124,7 @@ class RAdamScheduleFree(ScheduleFree):
             b2=b2,
             correction=one_minus_power(b2, k),
             eps=group["eps"],
-            divides=rectification(b2, k)[0],
+            divides=rectification(b2, group["k"])[0],
         )
 
 

@@ -94,7 +94,7 @@ class SGDScheduleFree(ScheduleFree):
     def _beta(self, group: Group) -> float:
         return group["momentum"]
 
-    def _base_step(self, group: Group, lr: float) -> BaseStep:
+    def _base_step(self, group: Group, lr: float, k: Any) -> BaseStep:
         return BaseStep(lr, float(group["weight_decay"]), group["decay_at"])
 
 

@@ -108,7 +108,7 @@ class ScheduleFreeWrapper(ScheduleFree):
     def _captures(self, group: Group) -> bool:
         return False
 
-    def _base_step(self, group: Group, lr: float) -> BaseStep:
+    def _base_step(self, group: Group, lr: float, k: Any) -> BaseStep:
         # The part that is not the base's; without the d of a group, as Meta's has it.
         return BaseStep(float(group["lr"]), self.weight_decay_at_y, "y")
 
