@@ -300,6 +300,31 @@ def test_lightning_beside_ema(first, tmp_path):
     assert same(list(saved["current_model_state"].values()), x)
 
 
+@orders
+def test_lightning_beside_a_callback_that_swaps_weights(first, tmp_path):
+    pl = pytest.importorskip("pytorch_lightning", reason="needs pytorch-lightning")
+    from sf_torch.lightning import ScheduleFreeCallback
+
+    class Sevens(pl.Callback):
+        """Validates at weights of its own, from the earliest hook to the latest."""
+
+        def on_validation_start(self, trainer, pl_module):
+            self.kept = values(pl_module)
+            for p in pl_module.parameters():
+                p.data.fill_(7)
+
+        def on_validation_end(self, trainer, pl_module):
+            for p, kept in zip(pl_module.parameters(), self.kept, strict=True):
+                p.data.copy_(kept)
+
+    module = small_module(BUILDS["adamw"], network())
+    callbacks = in_order(ScheduleFreeCallback(), Sevens(), first)
+    small_trainer(tmp_path, callbacks, max_epochs=2).fit(module)
+    for seen in module.evaluated:
+        assert all(bool((v == 7).all()) for v in seen)
+    assert same(values(module), bare_loop(BUILDS["adamw"], epochs=2)[0])
+
+
 def test_lightning_finds_a_learning_rate_and_goes_on_with_it(tmp_path):
     pl = pytest.importorskip("pytorch_lightning", reason="needs pytorch-lightning")
     from sf_torch.lightning import ScheduleFreeCallback
