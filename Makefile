@@ -4,15 +4,24 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# Of its own: to the rest of the tests JAX must be what it is on a machine without a GPU.
+GPU_VENV  := .venv-gpu
+GPU_STAMP := $(GPU_VENV)/.installed
 PYTEST  = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 WORKERS ?= 2
 
-.PHONY: demo test test-slow tpu lint format parity bench clean help
+.PHONY: demo test test-slow tpu gpu gpu-slow lint format parity bench clean help
 .DEFAULT_GOAL := help
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(GPU_STAMP): pyproject.toml constraints.txt
+	@test -x $(GPU_VENV)/bin/python || $(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --quiet --constraint constraints.txt \
+	  --editable '.[gpu-compiler]' hypothesis pytest
 	@touch $@
 
 demo: $(STAMP)  ## train digits in Flax and PyTorch side by side; writes out/demo/
@@ -23,11 +32,17 @@ test: $(STAMP)  ## tests and doctests, a few minutes on two cores
 
 # pytest exits with 5 when nothing is marked slow.
 test-slow: $(STAMP)  ## the long tests only
-	$(PYTEST) -m slow || [ $$? -eq 5 ]
+	$(PYTEST) -m 'slow and not gpu' || [ $$? -eq 5 ]
 
 tpu: $(STAMP)  ## compile every step for TPUs, on this machine (installs libtpu)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[tpu]'
 	$(BIN)/python -m pytest -m tpu tests/jax/test_tpu_compile.py
+
+gpu: $(GPU_STAMP)  ## compile every step for NVIDIA's GPUs, on this machine
+	$(GPU_VENV)/bin/python -m pytest -m 'gpu and not slow' tests/jax/test_gpu_compile.py
+
+gpu-slow: $(GPU_STAMP)  ## the rest of these: GPT-2's leaves on each GPU, in each form
+	$(GPU_VENV)/bin/python -m pytest -m 'gpu and slow' tests/jax/test_gpu_compile.py
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -46,7 +61,7 @@ bench: $(STAMP)  ## step time against the floor and peers, 5 minutes on two core
 	$(BIN)/python -m benchmarks
 
 clean:  ## remove .venv, out/ and caches
-	rm -rf $(VENV) out build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(GPU_VENV) out build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## this list

@@ -91,13 +91,14 @@ def compile_step(tx, params, sharding=None, returned_first="params"):
     Args:
       tx: an optax transformation.
       params: their shapes and dtypes.
-      sharding: of every array, for compiling ahead of time.
+      sharding: that of an array, given its shape, for compiling ahead of time.
       returned_first: "params" returns (params, state), in the order in which both are
         donated; "state" returns them the other way round.
     """
 
     def abstract(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        placed = sharding and sharding(leaf)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
 
     update = optax.with_extra_args_support(tx).update
 

@@ -2,8 +2,8 @@
 
 XLA for CPUs makes one loop for every array that is written, so the step is not one
 pass there as it is on TPUs (test_tpu_compile.py); what it may cost is counted here.
-On GPUs, `JAX_PLATFORMS=cuda python -m pytest tests/test_jax_one_pass.py`, the limits
-are those of a single pass.
+For GPUs test_gpu_compile.py does; where there is one, `JAX_PLATFORMS=cuda python -m
+pytest tests/jax/test_jax_one_pass.py` asks the compiler of its own driver.
 """
 
 import jax
@@ -88,6 +88,13 @@ def test_a_step_reads_and_writes_no_more_than_it_must(name, dtype_and_x):
     assert memory.temp_size_in_bytes <= temporaries
     if most is not None:
         assert accessed(compiled, SIZE * LEAVES) <= most + 0.1
+
+
+def test_every_optimizer_is_compiled_somewhere():
+    made = {optimizer.make.func for optimizer in (OPTIMIZERS | FAMILY).values()}
+    made |= {ours for ours, _ in OVER_OPTAX.values()}
+    public = {name for name in sf_jax.__all__ if "schedule_free" in name}
+    assert {sf_jax.gpa_adamw, *(getattr(sf_jax, name) for name in public)} <= made
 
 
 @on_cpu

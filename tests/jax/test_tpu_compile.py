@@ -31,7 +31,7 @@ pytestmark = pytest.mark.tpu
 
 def sharding_on(topology):
     description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    return SingleDeviceSharding(description.devices[0])
+    return lambda leaf: SingleDeviceSharding(description.devices[0])
 
 
 def compile_for_tpu(tx, dtype, topology, shape=(LEAF,)):
