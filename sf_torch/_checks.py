@@ -18,12 +18,13 @@ def options(group: Mapping[str, Any]) -> None:
             check(name, group[name])
 
 
-def parameters(params: list[Tensor]) -> None:
+def dtypes(params: list[Tensor]) -> None:
+    """Refuses parameters that are to move and cannot be averaged."""
     for p in params:
         if not (p.is_floating_point() or p.is_complex()):
             raise ValueError(
-                f"a parameter has dtype {p.dtype}, which cannot be averaged. Leave it "
-                "out of the optimizer."
+                f"a parameter with a gradient has dtype {p.dtype}, which cannot be "
+                "averaged. Leave it out of the optimizer, or without a gradient."
             )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from sf_torch._averaging import Group
 from sf_torch._kernels import BaseStep, Scalars, lean_coefficients
 from sf_torch._launch import ROWS, Launch, is_capturing, launches_over, on_device
-from sf_torch._leaves import MISSED, Leaf, local, same_layout
+from sf_torch._leaves import MISSED, Leaf, local, same_device, same_layout
 
 try:
     import triton
@@ -52,6 +52,7 @@ def takes(leaf: Leaf) -> bool:
         and leaf.param.dtype in DTYPES
         and leaf.grad.dtype in DTYPES
         and all(t.dtype == torch.float32 for t in leaf.state.values())
+        and same_device(tensors)
         and same_layout(tensors)
     )
 
@@ -66,7 +67,7 @@ def check(group: Group) -> None:
             f"{option}=True does not go with foreach={group['foreach']}, "
             f"fused={group['fused']}. Leave the latter two out."
         )
-    for p in group["params"]:
+    for p in [p for p in group["params"] if p.requires_grad]:
         if not works_on(p.device) or p.dtype not in DTYPES:
             raise ValueError(
                 f"{option}=True needs parameters in float32, bfloat16 or float16 on "
@@ -223,6 +224,7 @@ def _switches(tensors: Sequence[Tensor]) -> bool:
     return (
         works_on(tensors[0].device)
         and all(t.dtype == torch.float32 for t in tensors)
+        and same_device(tensors)
         and same_layout(tensors)
     )
 

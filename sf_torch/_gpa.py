@@ -27,7 +27,7 @@ from sf_torch._adamw import AdamWScheduleFree
 from sf_torch._averaging import Group
 from sf_torch._kernels import BaseStep
 from sf_torch._leaves import Leaf
-from sf_torch._optimizer import ScheduleFree, bookkeeping
+from sf_torch._optimizer import Part, ScheduleFree, bookkeeping
 
 
 class GPAAdamW(AdamWScheduleFree):
@@ -139,12 +139,20 @@ class GPAAdamW(AdamWScheduleFree):
         step = super()._base_step(group, lr, k)
         return step._replace(weight_decay=0.0) if group["upstream_compatible"] else step
 
-    def _leaf(self, p: Tensor, group: Group) -> Leaf:
-        leaf = super()._leaf(p, group)
-        if group["upstream_compatible"] and group["weight_decay"]:
+    def _compiles(self, group: Group) -> bool:
+        return super()._compiles(group) and not _decays_as_published(group)
+
+    def _step_group(self, group: Group, parts: list[Part]) -> None:
+        if _decays_as_published(group):
             by = self._step_size(group) * float(group["weight_decay"])
-            shrink(leaf, by, group["decay_at"], group["b1"])
-        return leaf
+            for p in group["params"]:
+                if p.grad is not None:
+                    shrink(self._leaf(p, group), by, group["decay_at"], group["b1"])
+        super()._step_group(group, parts)
+
+
+def _decays_as_published(group: Group) -> bool:
+    return group["upstream_compatible"] and group["weight_decay"] != 0
 
 
 def shrink(leaf: Leaf, by: float, at: str, b1: float) -> None:

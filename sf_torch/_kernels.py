@@ -15,7 +15,7 @@ References:
   Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
 """
 
-from functools import cache
+from functools import cache, reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -84,9 +84,16 @@ def as_tensors(base: BaseStep, scalars: Scalars) -> tuple[BaseStep, Scalars]:
     return base, scalars._replace(lr=lr, ckp1=ckp1)
 
 
+def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype of arithmetic on these: their widest, at least float32."""
+    # PyTorch does not promote float8, whose values float32 has all.
+    wide = (dtype for dtype in dtypes if dtype.itemsize > 1)
+    return reduce(torch.promote_types, wide, torch.float32)
+
+
 def wide(a: Tensor, z: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Both in the dtype of arithmetic, as lists of one."""
-    dtype = torch.promote_types(torch.promote_types(a.dtype, z.dtype), torch.float32)
+    dtype = wide_dtype(a.dtype, z.dtype)
     return [a.to(dtype)], [z.to(dtype)]
 
 

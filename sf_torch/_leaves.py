@@ -7,7 +7,7 @@ large kernels. Arithmetic is done in the widest dtype of parameter and state, at
 float32, on copies where a tensor is narrower than that.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +27,6 @@ FOR_ONE_THREAD, FOR_ALL_THREADS = 2**8, 2**15
 MISSED = "missed"
 """Key in the state of a parameter: steps of its group in which it had no gradient,
 those before its first gradient included. Absent, as in Meta's states, it is 0."""
-
-
-def arrays(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The arrays in the state of a parameter, which have the parameter's shape."""
-    return {key: value for key, value in state.items() if key != MISSED}
 
 
 @dataclass
@@ -130,20 +125,21 @@ def gather(
     b1: float,
     scratch: Scratch,
     together: bool = True,
-    blocks: bool = True,
+    compiles: bool = False,
 ) -> Iterator[Leaves]:
     """The leaves in the batches in which they take their step.
 
     ``together=False`` keeps parameters apart, so that what a step needs besides the
-    state is no larger than one of them. ``blocks=False`` is for compiled code, which
-    fuses a step by itself.
+    state is no larger than one of them. ``compiles=True`` is for code to be compiled,
+    which fuses a step by itself: no blocks and no kernels of PyTorch's.
     """
     batches: dict[Any, list[Leaf]] = {}
     sizes: dict[Any, int] = {}
     for number, leaf in enumerate(leaves):
         param, z = leaf.param, leaf.state["z"]
-        sliced = blocks and _works_in_blocks(param)
-        dense = same_layout([param, leaf.grad, *leaf.state.values()])
+        sliced = _works_in_blocks(param) and not compiles
+        tensors = [param, leaf.grad, *leaf.state.values()]
+        dense = not compiles and same_layout(tensors)
         alike = (dense, param.device, param.dtype, z.dtype, *leaf.state)
         key = alike if together else (dense, number)
         for piece in _slices(leaf) if sliced and dense else [leaf]:
@@ -162,8 +158,7 @@ def gather(
 
 def _batch(leaves: list[Leaf], b1: float, dense: bool, scratch: Scratch) -> Leaves:
     first = leaves[0]
-    dtype = torch.promote_types(first.param.dtype, first.state["z"].dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
+    dtype = _kernels.wide_dtype(first.param.dtype, first.state["z"].dtype)
     narrow: list[tuple[Tensors, Tensors]] = []
 
     def wide(tensors: list[Tensor]) -> Tensors:
@@ -240,6 +235,11 @@ def in_blocks(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
         return
     flat = [t.as_strided((size,), (1,)) for t in tensors]
     yield from zip(*(t.split(BLOCK) for t in flat), strict=True)
+
+
+def same_device(tensors: Sequence[Tensor]) -> bool:
+    """Whether one kernel can reach them all."""
+    return all(t.device == tensors[0].device for t in tensors)
 
 
 def same_layout(tensors: Sequence[Tensor]) -> bool:

@@ -39,11 +39,16 @@ from sf_torch._leaves import (
     Leaf,
     Leaves,
     Scratch,
-    arrays,
     gather,
     is_master,
     local,
 )
+
+Part = tuple[int, _fused.Plan | None, list[Leaf]]
+"""Parameters of a group that have missed so many steps: planned ones and others."""
+
+ITERATES = ("z", "x", "y")
+"""Keys of a parameter's state that are Schedule-Free's, whatever moves z."""
 
 
 class ScheduleFree(torch.optim.Optimizer):
@@ -115,12 +120,10 @@ class ScheduleFree(torch.optim.Optimizer):
     @torch.no_grad()
     def _switch(self, training: bool) -> None:
         switch = _modes.to_y if training else _modes.to_x
+        moved = {id(group): self._moved(group) for group in self.param_groups}
         for group in self.param_groups:
             if group["train_mode"] != training:
-                # Without z it has not moved yet: x, y and z are one.
-                states = [(p, self.state.get(p) or {}) for p in group["params"]]
-                moved = [(p, state) for p, state in states if "z" in state]
-                switch(moved, group["b1"], self._fuses(group))
+                switch(moved[id(group)], group["b1"], self._fuses(group))
                 group["train_mode"] = training
 
     @torch.no_grad()
@@ -154,6 +157,7 @@ class ScheduleFree(torch.optim.Optimizer):
         state = self.state.get(p)
         if not state or "z" not in state:
             return p  # has not moved yet: x, y and z are one
+        self._bring(p, group)
         if "x" in state:
             return state["x"]
         if not group["train_mode"]:
@@ -167,12 +171,35 @@ class ScheduleFree(torch.optim.Optimizer):
 
     # State
 
+    def _arrays(self, group: Group) -> tuple[str, ...]:
+        """Keys of the arrays in a parameter's state that the step reads and writes."""
+        return (*ITERATES, *self._moments(group))
+
+    def _moved(self, group: Group) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """The parameters that have moved, each with its state on its own device.
+
+        Without z a parameter has not moved yet: its x, y and z are one.
+        """
+        moved = [p for p in group["params"] if "z" in self.state.get(p, ())]
+        return [(p, self._bring(p, group)) for p in moved]
+
+    def _bring(self, p: Tensor, group: Group) -> dict[str, Any]:
+        """Moves the state of a parameter to the parameter's device; returns it.
+
+        ``module.to(device)`` moves parameters and leaves their state behind.
+        """
+        state = self.state[p]
+        for key in self._arrays(group):
+            if key in state and state[key].device != p.device:
+                state[key] = state[key].to(p.device)
+        return state
+
     def _state_of(self, p: Tensor, group: Group) -> dict[str, Tensor]:
         """The state of a parameter, made or completed where that is needed."""
-        state = self.state[p]
+        state = self._bring(p, group)
         dtype = _state_dtype(p.dtype, group["state_dtype"])
         moments = self._moments(group)
-        dtypes = dict.fromkeys(("z", "x", "y"), dtype) | dict.fromkeys(
+        dtypes = dict.fromkeys(ITERATES, dtype) | dict.fromkeys(
             moments, _state_dtype(p.dtype, group.get("moment_dtype"))
         )
         for key in dtypes.keys() & state.keys():
@@ -209,7 +236,7 @@ class ScheduleFree(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _checks.parameters(group["params"])
+            _checks.dtypes([p for p in group["params"] if p.requires_grad])
             self._check_group(group)
         except Exception:
             del self.param_groups[-1]
@@ -233,8 +260,16 @@ class ScheduleFree(torch.optim.Optimizer):
         """Loads a state dict of this optimizer or of ``schedulefree``'s.
 
         Raises:
-          ValueError: groups or shapes that do not fit; nothing has changed then.
+          ValueError: groups or shapes that do not fit, or the state of an optimizer
+            that is not Schedule-Free; nothing has changed then.
         """
+        for index, _, saved in saved_states(self, state_dict):
+            if saved and "z" not in saved:
+                raise ValueError(
+                    f"the state of parameter {index} has {', '.join(saved)} and no z: "
+                    "it is not that of a Schedule-Free optimizer. Load the model "
+                    "alone, and let the optimizer begin at its weights."
+                )
         misfits = [
             f"parameter {index}: {key} {tuple(value.shape)} for {tuple(p.shape)}"
             for index, p, saved in saved_states(self, state_dict)
@@ -268,6 +303,7 @@ class ScheduleFree(torch.optim.Optimizer):
 
         Raises:
           RuntimeError: in eval mode, or for sparse gradients; nothing has moved then.
+          ValueError: a parameter of integers has a gradient; the same.
         """
         self._check_mode()
         loss = None
@@ -291,6 +327,7 @@ class ScheduleFree(torch.optim.Optimizer):
     @torch.compiler.disable
     def _check_gradients(self) -> None:
         for group in self.param_groups:
+            _checks.dtypes([p for p in group["params"] if p.grad is not None])
             for grad in [p.grad for p in group["params"]]:
                 if grad is not None and grad.is_sparse:
                     raise RuntimeError(
@@ -300,35 +337,72 @@ class ScheduleFree(torch.optim.Optimizer):
 
     def _advance(self, loss: Any, closure: Callable[[], Any] | None) -> None:
         if torch.compiler.is_compiling():
-            for batches, base, scalars in self._to_compile():
+            steps, ends = self._to_compile(loss)
+            for batches, base, scalars in steps:
                 for batch in batches:
                     batch.advance(partial(_kernels.move_z, step=base), scalars)
+            self._end_compiled(ends)
         else:
-            for group in self.param_groups:
-                self._step_group(group)
+            self._measure(loss)
+            self._step_groups(self.param_groups)
+
+    def _measure(self, loss: Any) -> None:
+        """Enters into the groups what a step depends on beyond each of them."""
 
     @torch.compiler.disable
-    def _to_compile(self) -> list[tuple[list[Leaves], BaseStep, Scalars]]:
-        """The arithmetic that is left of a step: the rest of it is done here."""
-        steps = []
-        for group in self.param_groups:
-            in_numbers = type(self)._move_z is ScheduleFree._move_z
-            if self._fuses(group) or self._captures(group) or not in_numbers:
-                self._step_group(group)
-                continue
-            parts = [
-                (missed, [self._leaf(p, group) for p in params])
-                for missed, params in self._parts(group)
-            ]
-            scalars = self._scalars(group)
-            for missed, leaves in parts:
-                base = self._base_step(group, scalars.lr, group["k"] - missed)
-                batches = list(gather(leaves, group["b1"], Scratch(), blocks=False))
-                steps.append((batches, *_kernels.as_tensors(base, scalars)))
-            self._end_step(group, scalars)
-        return steps
+    def _to_compile(
+        self, loss: Any
+    ) -> tuple[list[tuple[list[Leaves], BaseStep, Scalars]], list[Any]]:
+        """The arithmetic of a step, and what ends it: groups, their numbers after it.
 
-    def _step_group(self, group: Group) -> None:
+        The groups themselves stay as they are, for a compiler may refuse yet.
+        """
+        before = [dict(group) for group in self.param_groups]
+        steps, ends = [], []
+        try:
+            self._measure(loss)
+            for group in self.param_groups:
+                if not self._compiles(group):
+                    ends.append((dict(group), None))
+                    continue
+                parts = [
+                    (missed, [self._leaf(p, group) for p in params])
+                    for missed, params in self._parts(group)
+                ]
+                scalars = self._scalars(group)
+                for missed, leaves in parts:
+                    base = self._base_step(group, scalars.lr, group["k"] - missed)
+                    numbers = _kernels.as_tensors(base, scalars)
+                    batches = gather(leaves, group["b1"], Scratch(), compiles=True)
+                    steps.append((list(batches), *numbers))
+                ends.append((dict(group), scalars))
+        finally:
+            for group, former in zip(self.param_groups, before, strict=True):
+                group.update(former)
+        return steps, ends
+
+    def _compiles(self, group: Group) -> bool:
+        """Whether a compiler may have this group's arithmetic."""
+        return not (self._fuses(group) or self._captures(group))
+
+    @torch.compiler.disable
+    def _end_compiled(self, ends: list[tuple[Group, Scalars | None]]) -> None:
+        """Ends a compiled step, and takes that of groups that are not compiled."""
+        others = []
+        for group, (numbers, scalars) in zip(self.param_groups, ends, strict=True):
+            group.update(numbers)
+            if scalars is None:
+                others.append(group)
+            else:
+                self._end_step(group, scalars)
+        self._step_groups(others)
+
+    def _step_groups(self, groups: list[Group]) -> None:
+        # All are looked at before any moves: what cannot be done is refused here.
+        for group, parts in [(group, self._look_at(group)) for group in groups]:
+            self._step_group(group, parts)
+
+    def _look_at(self, group: Group) -> list[Part]:
         # Plans by what their parameters have missed; those of this step are kept.
         plans = self.__dict__.setdefault("_plans", {})
         former = plans.pop(id(group), {})
@@ -341,6 +415,10 @@ class ScheduleFree(torch.optim.Optimizer):
         if self._captures(group):
             for *_, others in parts:
                 _fused.refuse_others(others)
+        return parts
+
+    def _step_group(self, group: Group, parts: list[Part]) -> None:
+        if self._captures(group):
             to_device(group, group["params"][0].device)
         scalars = self._scalars(group)
         scratch = self.__dict__.setdefault("_scratch", Scratch())
@@ -402,9 +480,10 @@ class ScheduleFree(torch.optim.Optimizer):
         return plan, []
 
     def _leaf(self, p: Tensor, group: Group) -> Leaf:
-        state = {k: local(a) for k, a in arrays(self._state_of(p, group)).items()}
+        state = self._state_of(p, group)
+        arrays = {k: local(state[k]) for k in self._arrays(group) if k in state}
         assert p.grad is not None
-        return Leaf(local(p.detach()), local(p.grad), state)
+        return Leaf(local(p.detach()), local(p.grad), arrays)
 
     def _fuses(self, group: Group) -> bool:
         if group["fused"] is None and not group["capturable"]:
@@ -424,7 +503,7 @@ class ScheduleFree(torch.optim.Optimizer):
         return Scalars(lr, ckp1, group["b1"], self._beta(group))
 
     def _end_step(self, group: Group, scalars: Scalars) -> None:
-        still = [p for p in group["params"] if p.grad is None and self.state.get(p)]
+        still = [p for p, _ in self._moved(group) if p.grad is None]
         if self._counts_apart(group):
             for p in still:
                 self._miss(p, group)
@@ -479,7 +558,7 @@ def restore_dtypes(
 
 @cache
 def _state_dtype(param: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
-    dtype = asked or torch.promote_types(param, torch.float32)
+    dtype = asked or _kernels.wide_dtype(param)
     return torch.promote_types(dtype, torch.complex64) if param.is_complex else dtype
 
 

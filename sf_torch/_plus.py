@@ -17,7 +17,6 @@ References:
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,7 +55,8 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
         far larger than AdamW's.
       r: steps are weighed by ``(k + 1) ** r``.
       polyak_beta: decay rate of the mean of the gradients' size, in [0, 1); 0 for the
-        present gradient alone.
+        present gradient alone. One for all groups, as the mean is; a group that is
+        added later takes the mean up as it stands.
       c_warmup: steps before the average begins; until then x is z.
       sf_beta1_anneal_steps: steps in which β goes to ``sf_beta1_max``; 0 for constant.
       sf_beta1_max: β after those steps, in [0, 1).
@@ -147,6 +147,14 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
             )
         super()._check_group(group)
         _checks.decay_rate("betas[0]", group["betas"][0])
+        for name in ("polyak_beta", "upstream_compatible"):
+            first = self.param_groups[0][name]
+            if group[name] != first:
+                raise ValueError(
+                    f"{name} must be one for all groups, got {first} and "
+                    f"{group[name]}: the mean of the gradients' size is over all of "
+                    "them. Give it to the optimizer, not to a group."
+                )
         if group["sf_beta1_anneal_steps"]:
             # An average that is all of y could never be left again.
             _checks.decay_rate("sf_beta1", group["sf_beta1"])
@@ -162,7 +170,7 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
         """
         self.step(lambda: function_value)
 
-    def _advance(self, loss: Any, closure: Callable[[], Any] | None) -> None:
+    def _measure(self, loss: Any) -> None:
         if loss is None:
             raise TypeError(
                 "ScheduleFree+ needs the loss: call step_func(function_value=loss) "
@@ -171,15 +179,17 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
             )
         inner, norm = self._sums()
         polyak = max(0.0, mean_over_processes(loss) + inner)
+        # One mean for all groups, kept in each; the first has all its steps.
+        first = self.param_groups[0]
+        p = first["polyak_beta"]
+        mean = p * first["grad_l1_ema"] + (1 - p) * math.sqrt(math.pi / 2) * norm
+        corrected = mean / one_minus_power(p, first["k"])
+        kept = corrected if first["upstream_compatible"] else mean
         for group in self.param_groups:
-            p = group["polyak_beta"]
-            mean = p * group["grad_l1_ema"] + (1 - p) * math.sqrt(math.pi / 2) * norm
-            corrected = mean / one_minus_power(p, group["k"])
-            group["grad_l1_ema"] = corrected if group["upstream_compatible"] else mean
+            group["grad_l1_ema"] = kept
             lr = max(float(group["lr"]), group["eps"])
             # Without a gradient there is no direction either, and any step will do.
             group["scheduled_lr"] = lr * polyak / corrected if corrected else 0.0
-        super()._advance(loss, closure)
 
     def _sums(self) -> tuple[float, float]:
         """``Σ β g·(z - x)`` and ``Σ|g|`` over all groups, and all shards of them."""

@@ -1,6 +1,6 @@
 """Schedule-Free over any torch optimizer: the base moves z with the gradients at y.
 
-    z' = z + u - lr λ y            u: whatever the base optimizer does to z
+    z' = B(z - lr λ y)             B: whatever the base optimizer does to z
     x' = (1 - c_k) x + c_k z'
     y' = (1 - β) z' + β x'
 
@@ -8,7 +8,8 @@ References:
   Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,9 +20,13 @@ from sf_torch._averaging import Group
 from sf_torch._forms import Reference
 from sf_torch._kernels import BaseStep
 from sf_torch._leaves import Leaves, is_master, local
-from sf_torch._optimizer import ScheduleFree, bookkeeping, restore_dtypes
+from sf_torch._optimizer import (
+    ITERATES,
+    ScheduleFree,
+    bookkeeping,
+    restore_dtypes,
+)
 
-OURS = ("z", "x", "y")  # of a parameter's state; the rest is the base's
 MOVED = "moved_z"  # z', while a step is under way
 
 
@@ -33,7 +38,10 @@ class ScheduleFreeWrapper(ScheduleFree):
         have no momentum of its own: β takes that part. Its learning rate weighs the
         average, times the ``d`` of a group that has one (Prodigy, D-Adaptation).
         Its weight decay acts at z.
-      weight_decay_at_y: λ, decoupled and times the group's learning rate, at y.
+      weight_decay_at_y: λ, decoupled and times the group's learning rate, at y. It
+        acts before the base's step, as in Meta's wrapper: y is that of the step's
+        gradients, and a base that looks at its parameters (for a decay of its own, or
+        as Prodigy does) finds the z that has decayed. x does not move by it.
       momentum: β, the weight of x in y, in [0, 1].
       weight_lr_power: steps are weighed by the largest learning rate so far to this
         power.
@@ -42,8 +50,9 @@ class ScheduleFreeWrapper(ScheduleFree):
       state_dtype: dtype of z and of the base's state. By default that of each
         parameter, float32 for those narrower than it.
 
-    The groups are the base's own, so a learning rate set in one is set in both.
-    ``state_dict()`` holds z beside the base's state of each parameter.
+    Groups and state are the base's own: a learning rate set in one is set in both, and
+    ``state[p]`` holds z beside what the base keeps for p. While the base takes its
+    step, it finds there only what is its own.
 
     Raises:
       TypeError: a base that is not a torch optimizer.
@@ -91,7 +100,7 @@ class ScheduleFreeWrapper(ScheduleFree):
         self.r = r
         self.base = base
         super().__init__(base.param_groups, bookkeeping(store_x, state_dtype))
-        self.param_groups = base.param_groups
+        self.param_groups, self.state = base.param_groups, base.state
 
     def _beta(self, group: Group) -> float:
         return self.momentum
@@ -108,16 +117,14 @@ class ScheduleFreeWrapper(ScheduleFree):
     def _captures(self, group: Group) -> bool:
         return False
 
+    def _arrays(self, group: Group) -> tuple[str, ...]:
+        return (*super()._arrays(group), MOVED)
+
     def _base_step(self, group: Group, lr: float, k: Any) -> BaseStep:
-        # The part that is not the base's; without the d of a group, as Meta's has it.
-        return BaseStep(float(group["lr"]), self.weight_decay_at_y, "y")
+        return BaseStep(lr, 0.0, "z")  # all that moves z is in z' by now
 
     def _move_z(self, leaves: Leaves, base: BaseStep) -> None:
-        zs = leaves.moments[MOVED]
-        if base.weight_decay:
-            scale = base.lr * base.weight_decay
-            torch._foreach_add_(zs, leaves.at("y"), alpha=-scale)
-        torch._foreach_copy_(leaves.zs, zs)
+        torch._foreach_copy_(leaves.zs, leaves.moments[MOVED])
 
     @torch.compiler.disable  # the base's to compile, and each has ways of its own
     def _advance(self, loss: Any, closure: Callable[[], Any] | None) -> None:
@@ -129,10 +136,9 @@ class ScheduleFreeWrapper(ScheduleFree):
                 group["k"] = k
                 # The d that the step found, which is the better estimate.
                 group["scheduled_lr"] = lr * float(group.get("d", 1.0))
-                for p in group["params"]:
-                    if p in moved:
-                        self.state[p][MOVED] = moved[p]
-                self._step_group(group)
+            for p, z in moved.items():
+                self.state[p][MOVED] = z
+            self._step_groups(self.param_groups)
         finally:
             for p in moved:
                 self.state[p].pop(MOVED, None)
@@ -150,7 +156,7 @@ class ScheduleFreeWrapper(ScheduleFree):
         live = {p: _held(p) for p, _, _ in moving}
         for p, _, state in moving:
             if is_master(state["z"], p):
-                _widen_state(self.base.state[p], state["z"])
+                _widen_state(state, state["z"])
         calls = 0
 
         def closure_at_y() -> Any:
@@ -174,16 +180,60 @@ class ScheduleFreeWrapper(ScheduleFree):
         xs = {}
         if closure is not None:
             xs = {p: self._x(p, group) for p, group, _ in moving}
-        try:
-            for p, _, state in moving:
-                _hold(p, state["z"].clone())
-            self.base.step(closure_at_y if closure is not None else None)
-            return {p: _held(p) for p in live}
-        finally:
-            for p, value in live.items():
-                _hold(p, value)
+        zs = {p: self._decayed_z(p, group) for p, group, _ in moving}
+        with self._apart():
+            try:
+                for p, z in zs.items():
+                    _hold(p, z)
+                self.base.step(closure_at_y if closure is not None else None)
+                return {p: _held(p) for p in live}
+            finally:
+                for p, value in live.items():
+                    _hold(p, value)
 
-    # State: ours in self.state, the base's in self.base.state, one dict when saved
+    def _bring(self, p: Tensor, group: Group) -> dict[str, Any]:
+        state = super()._bring(p, group)
+        for key, value in _arrays_like(p, state):
+            state[key] = value.to(p.device)
+        return state
+
+    def _decayed_z(self, p: Tensor, group: Group) -> Tensor:
+        """What the base's step begins with, as a new tensor."""
+        state = self.state[p]
+        z = state["z"].clone()
+        if not self.weight_decay_at_y:
+            return z
+        y = p.detach()
+        if is_master(z, p):  # p is a rounding of y
+            y = _kernels.interpolate_y(*_kernels.wide(state["x"], z), group["b1"])[0]
+        # Without the d of a group, as Meta's has it.
+        return z.sub_(y, alpha=float(group["lr"]) * self.weight_decay_at_y)
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Takes what is not the base's out of the state while the base steps.
+
+        Many bases make their state where a parameter has none at all.
+        """
+        ours = {
+            p: {key: state.pop(key) for key in ITERATES if key in state}
+            for p, state in self.state.items()
+        }
+        try:
+            yield
+            for state in self.state.values():
+                for key in ITERATES:
+                    if key in state:
+                        raise RuntimeError(
+                            f"{type(self.base).__name__} keeps {key!r} in its state, "
+                            "where Schedule-Free keeps its own. Give that key another "
+                            "name in the base."
+                        )
+        finally:
+            for p, iterates in ours.items():
+                self.state[p].update(iterates)
+
+    # Groups and state, which are the base's
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group to the base too, in the mode of those that are there."""
@@ -199,16 +249,6 @@ class ScheduleFreeWrapper(ScheduleFree):
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.base.zero_grad(set_to_none)
 
-    def state_dict(self) -> dict[str, Any]:
-        """z beside the base's state of each parameter, and the shared groups."""
-        ours, base = super().state_dict(), self.base.state_dict()
-        indices = ours["state"].keys() | base["state"].keys()
-        ours["state"] = {
-            index: {**base["state"].get(index, {}), **ours["state"].get(index, {})}
-            for index in sorted(indices)
-        }
-        return ours
-
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads a state dict of this optimizer or of ``schedulefree``'s wrapper.
 
@@ -218,16 +258,18 @@ class ScheduleFreeWrapper(ScheduleFree):
         ours: dict[int, Any] = {}
         bases: dict[int, Any] = {}
         for index, state in state_dict["state"].items():
-            ours[index] = {key: state[key] for key in OURS if key in state}
-            bases[index] = {k: state[k] for k in state if k not in OURS}
+            ours[index] = {key: state[key] for key in ITERATES if key in state}
+            bases[index] = {k: state[k] for k in state if k not in ITERATES}
         super().load_state_dict({**state_dict, "state": ours})
-        groups = self.param_groups
+        groups, iterates = self.param_groups, self.state
         bases = {index: state for index, state in bases.items() if state}
         self.base.load_state_dict({**state_dict, "state": bases})
         restore_dtypes(self.base, {**state_dict, "state": bases})
         for shared, group in zip(self.base.param_groups, groups, strict=True):
             shared.update({k: group[k] for k in group if k != "params"})
-        self.param_groups = self.base.param_groups
+        for p, state in iterates.items():
+            self.base.state[p].update(state)
+        self.param_groups, self.state = self.base.param_groups, self.base.state
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("base", "momentum", "weight_decay_at_y", "weight_lr_power", "r")
@@ -279,6 +321,14 @@ def _hold(p: Tensor, value: Tensor) -> None:
 
 def _widen_state(state: dict[str, Any], z: Tensor) -> None:
     """What the base made when it was built has the parameter's dtype, not z's."""
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.shape == z.shape and value.dim():
-            state[key] = value.to(z.dtype)
+    for key, value in _arrays_like(z, state):
+        state[key] = value.to(z.dtype)
+
+
+def _arrays_like(p: Tensor, state: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    """The tensors of a state that have a number for each of the parameter's."""
+    return [
+        (key, value)
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.shape == p.shape and value.dim()
+    ]

@@ -78,13 +78,6 @@ def test_bad_options_of_the_wrapper_are_refused(options, message):
 
 
 @every
-def test_integer_parameters_are_refused(build):
-    p = torch.nn.Parameter(torch.ones(2, dtype=torch.int32), requires_grad=False)
-    with pytest.raises(ValueError, match=r"torch\.int32"):
-        build([p], lr=0.1)
-
-
-@every
 def test_sparse_gradients_are_refused_before_anything_changes(build):
     table = torch.nn.Embedding(4, 2, sparse=True)
     dense = torch.nn.Linear(2, 1)

@@ -389,9 +389,9 @@ def test_options_that_exclude_each_other(options, message):
 @pytest.mark.parametrize(("name", "way"), WAYS)
 def test_refused_where_it_cannot_work(name, way, monkeypatch):
     make = partial(OPTIMIZERS[name], **{way: True})
-    double = torch.ones(2, dtype=torch.float64, device=DEVICE)
+    double = torch.ones(2, dtype=torch.float64, device=DEVICE, requires_grad=True)
     with pytest.raises(ValueError, match=f"{way}=True needs.*float64"):
         make([double])
     monkeypatch.setattr(_fused, "works_on", lambda device: False)
     with pytest.raises(ValueError, match=f"{way}=True needs.*Leave it out"):
-        make([torch.ones(2)])
+        make([torch.ones(2, requires_grad=True)])

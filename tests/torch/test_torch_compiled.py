@@ -1,0 +1,101 @@
+"""``torch.compile(optimizer.step)`` takes the step that ``optimizer.step`` takes.
+
+Tensors of 10, 5,000 and 1,000,000 elements: eager steps go other ways with each, and
+compiled ones must not follow them there. Most tests stop before Inductor, which needs
+a C++ compiler and takes up to a minute a program; the slow ones go through it.
+"""
+
+import contextlib
+import copy
+import shutil
+
+import pytest
+import torch
+from members import (
+    MEMBERS,
+    assert_same_iterates,
+    build,
+    iterates,
+    loss_of,
+    parameters,
+    run,
+    set_gradients,
+)
+from torch._dynamo.exc import BackendCompilerFailed
+from torch_cases import identical
+
+pytestmark = [
+    # torch.optim's own profiling hook, which the compiler leaves out.
+    pytest.mark.filterwarnings("ignore:Profiler function"),
+    # Inductor imports the deprecated torch.jit of its own package.
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
+with_inductor = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="Inductor needs a C++ compiler, g++"
+)
+
+SHAPES = [(10,), (50, 100), (1000, 1000)]
+STEPS = 3
+# Compiled code rounds a product and a sum at once where eager code rounds both.
+TOLERANCE = STEPS * 4 * 2**-24
+
+
+def assert_compiled_is_eager(name, backend):
+    torch.compiler.reset()
+    results = []
+    for compiles in (True, False):
+        params = parameters(SHAPES)
+        optimizer = build(name, params)
+        take = torch.compile(optimizer.step, backend=backend) if compiles else None
+        run(optimizer, params, range(STEPS), take)
+        assert optimizer.param_groups[0]["k"] == STEPS
+        results.append(iterates(optimizer, params))
+    assert_same_iterates(*results, TOLERANCE)
+
+
+# Of these, seconds each; all of them together are slow.
+QUICK = ("SGDScheduleFree", "AdamWScheduleFree/momentum", "GPAAdamW/upstream")
+every = pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in MEMBERS
+    ],
+)
+
+
+@every
+def test_a_compiled_step_is_the_eager_step(name):
+    # AOTAutograd's backend: traces with tensors that have no memory, as Inductor does.
+    assert_compiled_is_eager(name, "aot_eager")
+
+
+@pytest.mark.slow  # up to a minute each, most of it the C++ compiler's
+@with_inductor
+@pytest.mark.parametrize("name", MEMBERS)
+def test_a_step_compiled_by_inductor_is_the_eager_step(name):
+    assert_compiled_is_eager(name, "inductor")
+
+
+def refuses(graph, inputs):
+    raise NotImplementedError("a compiler that compiles nothing")
+
+
+@every
+def test_a_step_that_cannot_be_compiled_leaves_everything_as_it_was(name):
+    torch.compiler.reset()
+    params = parameters(SHAPES[:2])
+    optimizer = build(name, params)
+    run(optimizer, params, range(2))
+    set_gradients(params, 2)
+    held = [p.detach().clone() for p in params]
+    saved = copy.deepcopy(optimizer.state_dict())
+    take = torch.compile(optimizer.step, backend=refuses)
+    with contextlib.suppress(BackendCompilerFailed):
+        take(lambda: loss_of(2))
+    if optimizer.param_groups[0]["k"] == 2:
+        assert identical(optimizer.state_dict(), saved)
+        assert identical([p.detach() for p in params], held)
+    else:  # a step of which there was nothing to compile
+        assert optimizer.param_groups[0]["k"] == 3
+        assert not identical([p.detach() for p in params], held)
