@@ -137,9 +137,10 @@ def jax_program(name: str, store_x: bool) -> Any:
             params = optax.apply_updates(params, updates)
             in_own = sf_jax.eval_params(state, params)
             # Given params, x comes in their dtype; the state has masters in full.
+            stored = {} if isinstance(state.x, optax.MaskedNode) else state.x
             x = {
                 n: in_own[n] if isinstance(x, optax.MaskedNode) else x
-                for n, x in state.x.items()
+                for n, x in (in_own | stored).items()
             }
             return (params, state), Walk(params, x, state.z)
 

@@ -43,6 +43,7 @@ from sf_jax._schedule_free import (
     SEQUENCES,
     Base,
     Iterates,
+    leaf_dtype,
     like,
     of_count,
     rule,
@@ -55,17 +56,29 @@ VARIANTS = ("standard", "paper", "algoperf")
 class AdamWState(NamedTuple):
     """The moments of the gradient at y."""
 
-    nu: optax.Params  # like z, real: v, the running mean of |g|²
-    mu: optax.Params  # like z: m, the running mean of g; MaskedNode without momentum
+    # like z, real, moment_dtype or at least float32: v, the running mean of |g|²
+    nu: optax.Params
+    # like z, moment_dtype or at least float32: m, the running mean of g;
+    # optax.MaskedNode without momentum
+    mu: optax.Params
 
 
-def init_moments(z: optax.Params, inner_momentum: jax.typing.ArrayLike) -> AdamWState:
-    no_momentum = _checks.is_zero(inner_momentum)
+def init_moments(
+    z: optax.Params,
+    inner_momentum: jax.typing.ArrayLike | None,
+    moment_dtype: jax.typing.DTypeLike | None,
+) -> AdamWState:
+    def first(z: jax.Array) -> jax.Array:
+        return jnp.zeros_like(z, leaf_dtype(z, moment_dtype))
+
+    def second(z: jax.Array) -> jax.Array:
+        return jnp.zeros_like(z, jnp.finfo(leaf_dtype(z, moment_dtype)).dtype)
+
     return AdamWState(
-        nu=jax.tree.map(lambda z: jnp.zeros_like(z, jnp.finfo(z.dtype).dtype), z),
-        mu=jax.tree.map(
-            lambda z: optax.MaskedNode() if no_momentum else jnp.zeros_like(z), z
-        ),
+        nu=jax.tree.map(second, z),
+        mu=optax.MaskedNode()
+        if _checks.is_off(inner_momentum)
+        else jax.tree.map(first, z),
     )
 
 
@@ -73,7 +86,7 @@ def update_moments(
     grads: optax.Updates,
     moments: AdamWState,
     b2: jax.typing.ArrayLike,
-    inner_momentum: jax.typing.ArrayLike,
+    inner_momentum: jax.typing.ArrayLike | None,
 ) -> AdamWState:
     # v + (1 - b) (g² - v), not b v + (1 - b) g²: rounded to float32, b and 1 - b do
     # not add up to 1, and over the memory of v the difference adds up too.
@@ -81,32 +94,25 @@ def update_moments(
         wide = widen(moment)
         return (wide + like(complement(b), wide) * (value - wide)).astype(moment.dtype)
 
-    def first(g: jax.Array, mu: Any) -> Any:
-        if isinstance(mu, optax.MaskedNode):
-            return mu
-        return mean(mu, widen(g), inner_momentum)
-
-    return AdamWState(
-        nu=jax.tree.map(lambda g, nu: mean(nu, abs_squared(g), b2), grads, moments.nu),
-        mu=jax.tree.map(first, grads, moments.mu),
-    )
+    nu = jax.tree.map(lambda g, nu: mean(nu, abs_squared(g), b2), grads, moments.nu)
+    if inner_momentum is None or _checks.is_off(inner_momentum):
+        return AdamWState(nu, moments.mu)
+    b = inner_momentum
+    mu = jax.tree.map(lambda g, mu: mean(mu, widen(g), b), grads, moments.mu)
+    return AdamWState(nu, mu)
 
 
 def numerator(
     grads: optax.Updates,
     moments: AdamWState,
-    inner_momentum: jax.typing.ArrayLike,
+    inner_momentum: jax.typing.ArrayLike | None,
     count: jax.Array,
 ) -> optax.Updates:
     """ĝ: the gradient, or its bias-corrected running mean."""
-
-    def of_leaf(g: jax.Array, mu: Any) -> jax.Array:
-        if isinstance(mu, optax.MaskedNode):
-            return widen(g)
-        mu = widen(mu)
-        return mu / like(one_minus_power(inner_momentum, count), mu)
-
-    return jax.tree.map(of_leaf, grads, moments.mu)
+    if inner_momentum is None or _checks.is_off(inner_momentum):
+        return jax.tree.map(widen, grads)
+    correction = one_minus_power(inner_momentum, count)
+    return jax.tree.map(lambda mu: widen(mu) / like(correction, widen(mu)), moments.mu)
 
 
 def denominator(
@@ -136,10 +142,11 @@ def abs_squared(g: jax.Array) -> jax.Array:
 def adamw_base(
     b2: jax.typing.ArrayLike,
     eps: jax.typing.ArrayLike,
-    inner_momentum: jax.typing.ArrayLike,
+    inner_momentum: jax.typing.ArrayLike | None,
     weight_decay: jax.typing.ArrayLike | None,
     decay_at: str,
     mask: Mask | None,
+    moment_dtype: jax.typing.DTypeLike | None,
     variant: str = "standard",
 ) -> Base:
     def update(
@@ -156,8 +163,8 @@ def adamw_base(
             lr = lr * jnp.sqrt(correction)
         if variant in ("paper", "algoperf"):
             correction = jnp.ones_like(correction)
-        if variant == "adamc" and weight_decay is not None:
-            decay = 0.0 if _checks.is_zero(weight_decay) else lr * weight_decay
+        if variant == "adamc" and not _checks.is_off(weight_decay):
+            decay = lr * weight_decay
 
         def adam(g: jax.Array, nu: jax.Array) -> jax.Array:
             return g / denominator(nu, correction, eps)
@@ -168,7 +175,7 @@ def adamw_base(
         direction = add_decay(direction, iterates, decay, decay_at, mask)
         return jax.tree.map(lambda d: -like(lr, d) * d, direction), moments
 
-    return Base(lambda z: init_moments(z, inner_momentum), update)
+    return Base(lambda z: init_moments(z, inner_momentum, moment_dtype), update)
 
 
 def schedule_free_adamw(
@@ -182,11 +189,12 @@ def schedule_free_adamw(
     state_dtype: jax.typing.DTypeLike | None = None,
     *,
     r: float = 0.0,
-    inner_momentum: float = 0.0,
+    inner_momentum: float | None = None,
     decay_at: str = "y",
     mask: Mask | None = None,
     average: Average | None = None,
     store_x: bool = False,
+    moment_dtype: jax.typing.DTypeLike | None = None,
     variant: str = "standard",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Schedule-Free AdamW.
@@ -212,11 +220,11 @@ def schedule_free_adamw(
       weight_decay: λ, decoupled and times the learning rate.
       weight_lr_power: steps are weighed by the largest learning rate so far to this
         power; 2 keeps warmup out of the average.
-      state_dtype: dtype of z, x and the moments. By default that of each parameter,
-        float32 for those narrower than it.
+      state_dtype: dtype of z and x. By default that of each parameter, float32 for
+        those narrower than it.
       r: steps are also weighed by ``(k + 1) ** r``.
-      inner_momentum: decay rate of a first moment in the numerator, in [0, 1); 0 for
-        the plain gradient, which keeps no first moment.
+      inner_momentum: decay rate of a first moment in the numerator, in [0, 1); None
+        or 0 for the plain gradient, which keeps no first moment.
       decay_at: "y", "z" or "x": what the decay pulls towards zero by.
       mask: which leaves decay: a prefix tree of bools or a function of params giving
         one; None for all.
@@ -224,6 +232,9 @@ def schedule_free_adamw(
         ``weight_lr_power``: :func:`~sf_jax.refined_average`,
         :func:`~sf_jax.exponential_average`, or your own.
       store_x: keep x in the state, so that ``eval_params`` needs no params.
+      moment_dtype: dtype of the moments; None for that of each
+        parameter, at least float32, whatever ``state_dtype`` is. In bfloat16 a slow
+        mean stands still: what a step adds is rounded away.
       variant: where the bias correction of v stands: "standard" (in the
         denominator), "paper" or "algoperf", which decays at x whatever ``decay_at``
         says.
@@ -259,6 +270,7 @@ def schedule_free_adamw(
     _checks.eps(eps)
     _checks.weight_decay(weight_decay)
     _checks.choice("decay_at", decay_at, SEQUENCES)
+    _checks.floating_dtype("moment_dtype", moment_dtype)
     _checks.choice("variant", variant, VARIANTS)
     step_size = _averaging.scheduled(learning_rate, warmup_steps)
     if variant == "paper":
@@ -267,7 +279,16 @@ def schedule_free_adamw(
         step_size = _at_least(step_size, eps)
         decay_at = "x"
     return rule(
-        adamw_base(b2, eps, inner_momentum, weight_decay, decay_at, mask, variant),
+        adamw_base(
+            b2,
+            eps,
+            inner_momentum,
+            weight_decay,
+            decay_at,
+            mask,
+            moment_dtype,
+            variant,
+        ),
         of_count(step_size),
         average or _averaging.polynomial_average(r, weight_lr_power),
         b1,

@@ -19,11 +19,13 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (numbers.Real, np.number))
 
 
-def is_zero(value: Any) -> bool:
-    """Whether value is known to be zero now; a tracer is not."""
-    if isinstance(value, jax.core.Tracer) or callable(value):
-        return False
-    return bool(np.all(np.asarray(value) == 0))
+def is_off(value: Any) -> bool:
+    """Whether value is None or the number 0, for good.
+
+    An array of 0 is not: what a state holds must not depend on values, which are not
+    known under ``jit``.
+    """
+    return value is None or (is_number(value) and value == 0)
 
 
 def interpolation(
@@ -88,11 +90,23 @@ def choice(name: str, value: Any, choices: Sequence[str]) -> None:
         )
 
 
-def state_dtype(value: Any) -> None:
-    if value is not None and not jnp.issubdtype(value, jnp.floating):
+def floating_dtype(name: str, value: Any) -> None:
+    if value is not None and not jnp.issubdtype(value, jnp.inexact):
         raise ValueError(
-            f"state_dtype must be a floating dtype, got {value}. Leave it out to keep "
-            "z at least in float32."
+            f"{name} must be a floating dtype, got {value}. Leave it out for float32 "
+            "or wider."
+        )
+
+
+def starts_above_zero(name: str, schedule: Any) -> None:
+    """A schedule's value at 0 must not be 0; one that is traced cannot be read."""
+    with jax.ensure_compile_time_eval():
+        start = schedule(jnp.zeros((), jnp.int32))
+        is_zero = not isinstance(start, jax.core.Tracer) and bool(start == 0)
+    if is_zero:
+        raise ValueError(
+            f"{name} is a schedule that begins at 0, where y does not determine x. "
+            "Build the optimizer with store_x=True."
         )
 
 
@@ -131,6 +145,67 @@ def same_structure(grads: Any, params: Any) -> None:
                 f"{jnp.shape(grad)}, the parameter {jnp.shape(param)}. Differentiate "
                 "with respect to the params that you pass to update."
             )
+
+
+_OF_ANOTHER = (
+    "The state was made by another optimizer, with other arguments (inner_momentum, "
+    "mask) or from other params. Update it with what made it, or begin anew at x: "
+    "init(sf_jax.eval_params(state, params))."
+)
+
+
+def kind_of_state(state: Any, kind: type) -> None:
+    if not isinstance(state, kind):
+        raise ValueError(
+            f"update needs a {kind.__name__}, got a state of type "
+            f"{type(state).__name__}. Pass what init returned; restore checkpoints "
+            "into the structure of jax.eval_shape(init, params)."
+        )
+
+
+def same_leaves(name: str, found: Any, expected: Any) -> None:
+    """A part of the state must have the leaves that this optimizer would make."""
+    of_found, of_expected = _shapes(found), _shapes(expected)
+    if of_found == of_expected:
+        return
+    differences = [
+        f"{name}{path} is missing"
+        if path not in of_found
+        else f"{name}{path} is there and should not be"
+        if path not in of_expected
+        else f"{name}{path} has shape {of_found[path]} for {of_expected[path]}"
+        for path in sorted(of_found.keys() | of_expected.keys())
+        if of_found.get(path) != of_expected.get(path)
+    ]
+    more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
+    raise ValueError(
+        f"the state does not fit this optimizer: {differences[0]}{more}. {_OF_ANOTHER}"
+    )
+
+
+def as_wide_as_before(lean: Any, z: Any, params: Any) -> None:
+    """Where x is not stored the parameter must hold all of y."""
+    for (path, is_lean), z_leaf, p in zip(
+        jax.tree.leaves_with_path(lean),
+        jax.tree.leaves(z),
+        jax.tree.leaves(params),
+        strict=True,
+    ):
+        dtype = jnp.result_type(p)
+        if is_lean and jnp.finfo(dtype).bits < jnp.finfo(z_leaf.dtype).bits:
+            raise ValueError(
+                f"params{jax.tree_util.keystr(path)} is {dtype}, narrower than z in "
+                f"the state ({z_leaf.dtype}): it does not determine x, which the state "
+                "does not hold. Before the params are rounded, put it there: "
+                "state._replace(x=sf_jax.eval_params(state, params))."
+            )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {
+        jax.tree_util.keystr(path): jnp.shape(leaf)
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
 
 
 def _names(tree: Any) -> set[str]:

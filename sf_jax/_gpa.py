@@ -22,12 +22,13 @@ References:
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from sf_jax import _averaging, _checks
 from sf_jax._adamw import schedule_free_adamw
 from sf_jax._decay import Mask
-from sf_jax._schedule_free import ScheduleFreeState, like, widen
+from sf_jax._schedule_free import ScheduleFreeState, is_lean, like, per_leaf, widen
 
 
 def gpa_adamw(
@@ -44,6 +45,7 @@ def gpa_adamw(
     decay_at: str = "z",
     mask: Mask | None = None,
     store_x: bool = False,
+    moment_dtype: jax.typing.DTypeLike | None = None,
     upstream_compatible: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW with Generalized Primal Averaging.
@@ -64,12 +66,15 @@ def gpa_adamw(
       b2: decay rate of the second moment v, in [0, 1).
       eps: added to the root of v.
       weight_decay: λ, decoupled and times the learning rate.
-      state_dtype: dtype of z, x and the moments. By default that of each parameter,
-        float32 for those narrower than it.
+      state_dtype: dtype of z and x. By default that of each parameter, float32 for
+        those narrower than it.
       decay_at: "z", "y" or "x": what the decay pulls towards zero by.
       mask: which leaves decay: a prefix tree of bools or a function of params giving
         one; None for all.
       store_x: keep x in the state, so that ``eval_params`` needs no params.
+      moment_dtype: dtype of the moments; None for that of each
+        parameter, at least float32, whatever ``state_dtype`` is. In bfloat16 a slow
+        mean stands still: what a step adds is rounded away.
       upstream_compatible: decay as the published code does, which moves x too (see
         the module).
 
@@ -109,12 +114,13 @@ def gpa_adamw(
         mask=mask,
         average=_averaging.exponential_average(mu_x),
         store_x=store_x,
+        moment_dtype=moment_dtype,
     )
-    if not upstream_compatible or _checks.is_zero(weight_decay):
+    if not upstream_compatible or _checks.is_off(weight_decay):
         return tx
     _checks.weight_decay(weight_decay)
     _checks.choice("decay_at", decay_at, ("z", "y"))
-    if _checks.is_zero(mu_y):
+    if _checks.is_off(mu_y):
         raise ValueError(
             "upstream_compatible needs mu_y > 0: with y = z there is no x for the "
             "decay to move. Leave upstream_compatible out."
@@ -154,21 +160,25 @@ def _shrunk(
         return (wide - like(shrink, wide) * wide).astype(leaf.dtype) if decay else leaf
 
     def implied(x: Any, z: jax.Array, decay: bool) -> Any:
-        if isinstance(x, optax.MaskedNode) or not decay:
+        if is_lean(x) or not decay:
             return x
         x, z, b1 = widen(x), widen(z), like(state.b1, x)
         away = (1 - b1) * z if at == "z" else -(b1 * x + (1 - b1) * z)
-        return (x + like(shrink, x) / b1 * away).astype(z.dtype)
+        moved = x + like(shrink, x) / jnp.where(b1 > 0, b1, 1) * away
+        # An array may hold 0; then y is z, and says nothing of x.
+        return jnp.where(b1 > 0, moved, x).astype(z.dtype)
 
-    x = jax.tree.map(lambda z, x, d: implied(x, z, d), state.z, state.x, decays)
+    stored_x = per_leaf(state.x, state.z)
+    x = jax.tree.map(lambda z, x, d: implied(x, z, d), state.z, stored_x, decays)
+    x = state.x if is_lean(state.x) else x
     if at == "z":
         z = jax.tree.map(smaller, state.z, decays)
         return state._replace(z=z, x=x), params
     y = jax.tree.map(
         # A stored x carries y along; the parameter itself counts where it does not.
-        lambda p, x, d: smaller(p, d) if isinstance(x, optax.MaskedNode) else p,
+        lambda p, x, d: smaller(p, d) if is_lean(x) else p,
         params,
-        state.x,
+        stored_x,
         decays,
     )
     return state._replace(x=x), y

@@ -27,6 +27,7 @@ import optax
 
 from sf_jax import _averaging, _checks
 from sf_jax._adamw import positive_eps
+from sf_jax._moments import with_moment_dtype
 from sf_jax._normuon import normuon
 from sf_jax._schedule_free import schedule_free
 
@@ -95,7 +96,16 @@ def schedule_free_muon(
     decay_at: str = "z",
     average: _averaging.Average | None = None,
     store_x: bool = False,
-    **muon_options: Any,
+    moment_dtype: jax.typing.DTypeLike | None = None,
+    nesterov: bool = True,
+    consistent_rms: float | None = None,
+    muon_weight_dimension_numbers: Any = None,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    weight_decay_mask: Any = None,
+    ns_coeffs: Any = None,
+    ns_steps: int | None = None,
+    adaptive: bool = False,
+    preconditioning: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Schedule-Free Muon, over ``optax.contrib.muon``.
 
@@ -116,8 +126,8 @@ def schedule_free_muon(
       weight_decay: λ, decoupled and times the learning rate, for all leaves.
       weight_lr_power: steps are weighed by the largest learning rate so far to this
         power.
-      state_dtype: dtype of z, x and the moments. By default that of each parameter,
-        float32 for those narrower than it.
+      state_dtype: dtype of z and x. By default that of each parameter, float32 for
+        those narrower than it.
       r: steps are also weighed by ``(k + 1) ** r``.
       momentum: Muon's own, in [0, 1).
       row_b2: decay rate of the second moment of rows, in [0, 1), for NorMuon; None for
@@ -127,11 +137,24 @@ def schedule_free_muon(
       average: another averaging weight in place of that of ``r`` and
         ``weight_lr_power``.
       store_x: keep x in the state, so that ``eval_params`` needs no params.
-      **muon_options: for ``optax.contrib.muon``: ``consistent_rms=0.2`` for steps of
-        AdamW's size, ``muon_weight_dimension_numbers`` for which leaves are matrices.
-        With ``row_b2`` these two (of which the first is 0.2 unless given),
-        ``adam_learning_rate``, ``weight_decay_mask``, and the options of
-        ``optax.contrib.scale_by_muon``.
+      moment_dtype: dtype of the moments; None for that of each
+        parameter, at least float32, whatever ``state_dtype`` is. In bfloat16 a slow
+        mean stands still: what a step adds is rounded away.
+      nesterov: whether Muon's momentum looks ahead.
+      consistent_rms: the root mean square of a matrix's step over its learning rate,
+        0.2 for steps of AdamW's size; None for steps scaled by the matrix's shape, or
+        with ``row_b2`` for 0.2.
+      muon_weight_dimension_numbers: which leaves are matrices, and how, as
+        ``optax.contrib.muon`` takes it; None for all leaves of two axes.
+      adam_learning_rate: step size of what is not a matrix; a float, an array or a
+        schedule of the count. None for ``learning_rate`` with its warmup.
+      weight_decay_mask: which matrices decay: a prefix tree of bools or a function of
+        params giving one; None for all.
+      ns_coeffs: of the Newton-Schulz iteration; None for optax's.
+      ns_steps: how many of its steps; None for optax's 5.
+      adaptive: whether steps are scaled by the dual norm of the gradient.
+      preconditioning: how the momentum is scaled before Newton-Schulz, a name that
+        ``optax.contrib.muon`` knows; None for its own choice.
 
     Returns:
       An optax transformation whose state is a ``ScheduleFreeState``.
@@ -162,7 +185,20 @@ def schedule_free_muon(
         _checks.decay_rate(name, value)
     _checks.eps(eps)
     _checks.weight_decay(weight_decay)
+    _checks.floating_dtype("moment_dtype", moment_dtype)
     step_size = _averaging.scheduled(learning_rate, warmup_steps)
+    options = {
+        "nesterov": nesterov,
+        "consistent_rms": consistent_rms,
+        "muon_weight_dimension_numbers": muon_weight_dimension_numbers,
+        "adam_learning_rate": adam_learning_rate,
+        "weight_decay_mask": weight_decay_mask,
+        "ns_coeffs": ns_coeffs,
+        "ns_steps": ns_steps,
+        "adaptive": adaptive,
+        "preconditioning": preconditioning,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
 
     def lr(count: jax.Array) -> jax.Array:
         return step_size(count).hi
@@ -177,12 +213,12 @@ def schedule_free_muon(
             adam_b1=0.0,  # β takes its place
             adam_b2=b2,
             adam_weight_decay=weight_decay,
-            **muon_options,
+            **options,
         )
     else:
-        muon = normuon(lr, row_b2, momentum, b2, least, weight_decay, **muon_options)
+        muon = normuon(lr, row_b2, momentum, b2, least, weight_decay, **options)
     return schedule_free(
-        muon,
+        with_moment_dtype(muon, moment_dtype),
         lr,
         b1,
         weight_lr_power,

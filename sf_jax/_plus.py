@@ -37,7 +37,14 @@ from sf_jax._adamw import adamw_base
 from sf_jax._averaging import one_minus_power
 from sf_jax._decay import Mask
 from sf_jax._double import Double, double, scalar_dtype
-from sf_jax._schedule_free import Iterates, StepSize, rule, widen
+from sf_jax._schedule_free import (
+    Iterates,
+    StepSize,
+    is_lean,
+    may_be_zero,
+    rule,
+    widen,
+)
 
 
 class PolyakState(NamedTuple):
@@ -89,12 +96,16 @@ def polyak_step_size(
 
 
 def annealed(
-    start: jax.typing.ArrayLike, end: jax.typing.ArrayLike, steps: int
+    start: jax.typing.ArrayLike,
+    end: jax.typing.ArrayLike,
+    steps: jax.typing.ArrayLike,
 ) -> Callable[[jax.Array], jax.Array]:
-    """β from start to end in so many steps, geometric in ``1 - β``."""
+    """β from start to end in so many steps, geometric in ``1 - β``; 0 for start."""
 
     def beta(count: jax.Array) -> jax.Array:
-        s = jnp.minimum(count.astype(scalar_dtype()) / steps, 1)
+        # An injected number of steps may be 0.
+        share = count.astype(scalar_dtype()) / jnp.maximum(steps, 1)
+        s = jnp.where(jnp.asarray(steps) > 0, jnp.minimum(share, 1), 0)
         at_start = jnp.log(_averaging.complement(start))
         at_end = jnp.log(_averaging.complement(end))
         return -jnp.expm1((1 - s) * at_start + s * at_end)
@@ -119,6 +130,7 @@ def schedule_free_plus(
     *,
     mask: Mask | None = None,
     store_x: bool = False,
+    moment_dtype: jax.typing.DTypeLike | None = None,
     upstream_compatible: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""ScheduleFree+, AdamC with a Polyak step size, for large runs.
@@ -150,11 +162,14 @@ def schedule_free_plus(
       sf_beta1_anneal_steps: steps in which β goes to ``sf_beta1_max``; 0 for constant.
       sf_beta1_max: β after those steps.
       weight_lr_power: steps are weighed by the largest step size so far to this power.
-      state_dtype: dtype of z, x and the moments. By default that of each parameter,
-        float32 for those narrower than it.
+      state_dtype: dtype of z and x. By default that of each parameter, float32 for
+        those narrower than it.
       mask: which leaves decay: a prefix tree of bools or a function of params giving
         one; None for all.
       store_x: keep x in the state, so that ``eval_params`` needs no params.
+      moment_dtype: dtype of the moments; None for that of each
+        parameter, at least float32, whatever ``state_dtype`` is. In bfloat16 a slow
+        mean stands still: what a step adds is rounded away.
       upstream_compatible: follow the published code also where it corrects its mean
         of the gradients' size for bias again and again, so that with
         ``polyak_beta > 0`` the step size vanishes.
@@ -191,14 +206,16 @@ def schedule_free_plus(
     _checks.weight_decay(weight_decay)
     _checks.steps("c_warmup", c_warmup)
     _checks.steps("sf_beta1_anneal_steps", sf_beta1_anneal_steps)
+    _checks.floating_dtype("moment_dtype", moment_dtype)
     beta: Any = sf_beta1
-    if sf_beta1_anneal_steps:
+    if not _checks.is_off(sf_beta1_anneal_steps):
         # Both below 1: an average that is all of y could never be left again.
         _checks.decay_rate("sf_beta1", sf_beta1)
         _checks.decay_rate("sf_beta1_max", sf_beta1_max)
         beta = annealed(sf_beta1, sf_beta1_max, sf_beta1_anneal_steps)
+        store_x = store_x or may_be_zero(sf_beta1) or may_be_zero(sf_beta1_max)
     return rule(
-        adamw_base(b2, eps, b1, weight_decay, "y", mask, variant="adamc"),
+        adamw_base(b2, eps, b1, weight_decay, "y", mask, moment_dtype, variant="adamc"),
         polyak_step_size(learning_rate, beta, eps, polyak_beta, upstream_compatible),
         _averaging.average_after(
             c_warmup, _averaging.polynomial_average(r, weight_lr_power)
@@ -217,7 +234,7 @@ def _inner(grads: optax.Updates, iterates: Iterates) -> jax.Array:
     """
 
     def of_leaf(g: jax.Array, y: jax.Array, z: jax.Array, x: Any) -> jax.Array:
-        lean = isinstance(x, optax.MaskedNode)
+        lean = is_lean(x)
         way = widen(y if lean else x) - widen(z)
         total = _sum(jnp.real(jnp.conj(widen(g)) * way))
         # After the sum: before, XLA for CPUs would make an array of 1 / β.

@@ -18,6 +18,7 @@ import optax
 
 from sf_jax import _averaging, _checks
 from sf_jax._adamw import positive_eps
+from sf_jax._moments import with_moment_dtype
 from sf_jax._schedule_free import schedule_free
 
 
@@ -37,6 +38,7 @@ def schedule_free_prodigy(
     estim_lr_coef: float = 1.0,
     average: _averaging.Average | None = None,
     store_x: bool = False,
+    moment_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Schedule-Free Prodigy, over ``optax.contrib.prodigy``.
 
@@ -54,8 +56,8 @@ def schedule_free_prodigy(
       eps: added to the root of it.
       weight_decay: decoupled, times the step size, at z.
       weight_lr_power: steps are weighed by the largest step size so far to this power.
-      state_dtype: dtype of z, x and the moments. By default that of each parameter,
-        float32 for those narrower than it.
+      state_dtype: dtype of z and x. By default that of each parameter, float32 for
+        those narrower than it.
       r: steps are also weighed by ``(k + 1) ** r``.
       inner_momentum: Prodigy's own first moment, in [0, 1); β takes its place.
       estim_lr0: the first d, smaller than the distance to the solution.
@@ -63,6 +65,9 @@ def schedule_free_prodigy(
       average: another averaging weight in place of that of ``r`` and
         ``weight_lr_power``.
       store_x: keep x in the state, so that ``eval_params`` needs no params.
+      moment_dtype: dtype of the first and second moment; None for that of each
+        parameter, at least float32, whatever ``state_dtype`` is. In bfloat16 a slow
+        mean stands still: what a step adds is rounded away.
 
     Returns:
       An optax transformation whose state is a ``ScheduleFreeState``.
@@ -92,6 +97,7 @@ def schedule_free_prodigy(
     _checks.decay_rate("inner_momentum", inner_momentum)
     _checks.eps(eps)
     _checks.weight_decay(weight_decay)
+    _checks.floating_dtype("moment_dtype", moment_dtype)
     step_size = _averaging.scheduled(learning_rate, warmup_steps)
     prodigy = optax.contrib.prodigy(
         lambda count: step_size(count).hi,
@@ -102,7 +108,7 @@ def schedule_free_prodigy(
         weight_decay=weight_decay,
     )
     return schedule_free(
-        _from_the_first_gradient(prodigy),
+        with_moment_dtype(_from_the_first_gradient(prodigy), moment_dtype),
         lambda count: step_size(count).hi,
         b1,
         weight_lr_power,

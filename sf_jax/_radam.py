@@ -86,6 +86,7 @@ def radam_base(
     eps: jax.typing.ArrayLike,
     weight_decay: jax.typing.ArrayLike | None,
     mask: Mask | None,
+    moment_dtype: jax.typing.DTypeLike | None,
 ) -> Base:
     def update(
         grads: optax.Updates,
@@ -95,7 +96,7 @@ def radam_base(
         lr: jax.Array,
         extra_args: dict[str, Any],
     ) -> tuple[optax.Updates, AdamWState]:
-        moments = update_moments(grads, moments, b2, 0.0)
+        moments = update_moments(grads, moments, b2, None)
         correction = one_minus_power(b2, count)
         rectified = rho(b2, count) > 4
 
@@ -108,7 +109,7 @@ def radam_base(
         )
         return jax.tree.map(lambda d: -like(lr, d) * d, direction), moments
 
-    return Base(lambda z: init_moments(z, 0.0), update)
+    return Base(lambda z: init_moments(z, None, moment_dtype), update)
 
 
 def schedule_free_radam(
@@ -125,6 +126,7 @@ def schedule_free_radam(
     mask: Mask | None = None,
     average: Average | None = None,
     store_x: bool = False,
+    moment_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Schedule-Free RAdam, which needs no warmup.
 
@@ -147,8 +149,8 @@ def schedule_free_radam(
       weight_decay: λ, decoupled, times the learning rate, at y.
       weight_lr_power: steps are weighed by the largest learning rate so far to this
         power.
-      state_dtype: dtype of z, x and v. By default that of each parameter, float32
-        for those narrower than it.
+      state_dtype: dtype of z and x. By default that of each parameter, float32 for
+        those narrower than it.
       r: steps are also weighed by ``(k + 1) ** r``.
       silent_sgd_phase: whether the first steps, in which v stands for too few
         gradients (five with b2 = 0.999), move nothing. If not, they are SGD steps.
@@ -158,6 +160,9 @@ def schedule_free_radam(
         ``weight_lr_power``: :func:`~sf_jax.refined_average`,
         :func:`~sf_jax.exponential_average`, or your own.
       store_x: keep x in the state, so that ``eval_params`` needs no params.
+      moment_dtype: dtype of v; None for that of each
+        parameter, at least float32, whatever ``state_dtype`` is. In bfloat16 a slow
+        mean stands still: what a step adds is rounded away.
 
     Returns:
       An optax transformation whose state is a ``ScheduleFreeState``; its updates have
@@ -187,6 +192,7 @@ def schedule_free_radam(
     _checks.decay_rate("b2", b2)
     _checks.eps(eps)
     _checks.weight_decay(weight_decay)
+    _checks.floating_dtype("moment_dtype", moment_dtype)
     scheduled = _averaging.scheduled(learning_rate)
 
     def step_size(count: jax.Array) -> Double:
@@ -197,7 +203,7 @@ def schedule_free_radam(
         return _double.where(rho(b2, count) > 4, rectified, lr)
 
     return rule(
-        radam_base(b2, eps, weight_decay, mask),
+        radam_base(b2, eps, weight_decay, mask, moment_dtype),
         of_count(step_size),
         average or _averaging.polynomial_average(r, weight_lr_power),
         b1,

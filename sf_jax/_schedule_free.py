@@ -60,8 +60,9 @@ class ScheduleFreeState(NamedTuple):
     weight_ratio_lo: jax.Array  # () scalar: what rounding left over of it
     lr_max: jax.Array  # () scalar: the largest step size so far
     z: optax.Params  # like params: the base optimizer's iterate
-    x: optax.Params  # like z: the average; optax.MaskedNode where y and z give it
-    base_state: optax.OptState  # the base optimizer's own, moments in z's dtype
+    # like z: the average; optax.MaskedNode, for a leaf or all, where y and z give it
+    x: optax.Params
+    base_state: optax.OptState  # the base optimizer's own, moments at least float32
     step_size_state: optax.OptState  # empty for a step size that depends on count only
 
 
@@ -71,13 +72,13 @@ class Iterates:
 
     y: optax.Params  # like z
     z: optax.Params
-    stored_x: optax.Params
+    stored_x: optax.Params  # like z; optax.MaskedNode for a leaf that is recovered
     b1: jax.Array
 
     @property
     def x(self) -> optax.Params:
         return jax.tree.map(
-            lambda z, y, x: recover_x(y, z, self.b1) if _is_lean(x) else x,
+            lambda z, y, x: recover_x(y, z, self.b1) if is_lean(x) else x,
             self.z,
             self.y,
             self.stored_x,
@@ -91,7 +92,8 @@ class Iterates:
 class Base(NamedTuple):
     """How z moves."""
 
-    init: Callable[[optax.Params], optax.OptState]  # z -> state
+    # z, at least in float32 -> state
+    init: Callable[[optax.Params], optax.OptState]
     # (grads, state, iterates, count, lr, extra_args) -> (u, state); u contains -lr
     update: Callable[
         [optax.Updates, optax.OptState, Iterates, jax.Array, jax.Array, dict[str, Any]],
@@ -105,7 +107,7 @@ class Base(NamedTuple):
 class StepSize(NamedTuple):
     """``lr_k``, which the base step and the averaging weight both see."""
 
-    init: Callable[[optax.Params], optax.OptState]
+    init: Callable[[optax.Params], optax.OptState]  # z -> state
     # (state, count, grads, iterates, extra_args) -> (lr, state)
     update: Callable[
         [optax.OptState, jax.Array, optax.Updates, Iterates, dict[str, Any]],
@@ -132,22 +134,28 @@ def rule(
 ) -> optax.GradientTransformationExtraArgs:
     """Schedule-Free over four seams. Every public optimizer is a call of this."""
     _checks.interpolation("b1", b1)
-    _checks.state_dtype(state_dtype)
+    _checks.floating_dtype("state_dtype", state_dtype)
+    needs_x = not callable(b1) and may_be_zero(b1)
 
     def next_b1(count: jax.Array) -> jax.typing.ArrayLike:
         return b1(count) if callable(b1) else b1
 
     def init(params: optax.Params) -> ScheduleFreeState:
         _checks.inexact_leaves(params)
-        stored = store_x or _checks.is_zero(b1)
-        z = jax.tree.map(lambda p: _copy(p, _state_dtype(p, state_dtype)), params)
+        keeps_x = store_x or needs_x
+        if callable(b1) and not keeps_x:
+            _checks.starts_above_zero("b1", b1)
+        z = jax.tree.map(lambda p: _copy(p, leaf_dtype(p, state_dtype)), params)
         x = jax.tree.map(
             lambda z, p: (
-                _copy(p, z.dtype) if stored or _is_master(z, p) else optax.MaskedNode()
+                _copy(p, z.dtype) if keeps_x or _is_master(z, p) else optax.MaskedNode()
             ),
             z,
             params,
         )
+        if not keeps_x and not jax.tree.leaves(x):
+            # One node for all: a tree of specs has nothing that would fit the others.
+            x = optax.MaskedNode()
         zero = jnp.zeros((), scalar_dtype())
         count = jnp.zeros((), jnp.int32)
         return ScheduleFreeState(
@@ -159,8 +167,8 @@ def rule(
             lr_max=zero.copy(),
             z=z,
             x=x,
-            base_state=_placed_like(z, base.init(z)),
-            step_size_state=step_size.init(params),
+            base_state=_placed_like(z, base.init(_widened(z))),
+            step_size_state=step_size.init(z),
         )
 
     def update(
@@ -174,8 +182,10 @@ def rule(
                 "update needs params, the live parameters y: call "
                 "update(grads, state, params)."
             )
+        check(state, params)
         _checks.same_structure(grads, params)
-        grads = jax.tree.map(lambda z, g: jnp.asarray(g, z.dtype), state.z, grads)
+        grads = jax.tree.map(lambda z, g: jnp.asarray(g, leaf_dtype(z)), state.z, grads)
+        stored_x = per_leaf(state.x, state.z)
         y = jax.tree.map(
             # The parameter is y itself, or a rounded copy of it.
             lambda z, p, x: (
@@ -183,9 +193,9 @@ def rule(
             ),
             state.z,
             params,
-            state.x,
+            stored_x,
         )
-        iterates = Iterates(y, state.z, state.x, state.b1)
+        iterates = Iterates(y, state.z, stored_x, state.b1)
 
         lr, step_size_state = step_size.update(
             state.step_size_state, state.count, grads, iterates, extra_args
@@ -201,15 +211,15 @@ def rule(
             Weights(Double(state.weight_ratio, state.weight_ratio_lo), state.lr_max),
         )
         b1_of_y = next_b1(state.count)
-        z_coefficient, step_coefficient = _lean_coefficients(
-            ckp1, b1_of_y, None if _checks.is_number(b1) else state.b1
-        )
+        if any(jax.tree.leaves(_lean_leaves(state))):
+            # Only there: where x is stored, β may be 0.
+            lean_coefficients = _lean_coefficients(ckp1, b1_of_y, state.b1)
 
         def move_z(z: jax.Array, u: jax.Array) -> jax.Array:
             return (widen(z) + widen(u)).astype(z.dtype)
 
         def move_x(x: jax.Array, z: jax.Array) -> jax.Array:
-            if _is_lean(x):
+            if is_lean(x):
                 return x
             x, z = widen(x), widen(z)
             return (x + like(ckp1, x) * (z - x)).astype(z.dtype)
@@ -218,10 +228,11 @@ def rule(
             z: jax.Array, next_z: jax.Array, p: jax.Array, next_x: jax.Array
         ) -> jax.Array:
             dtype = jnp.result_type(p)
-            if _is_lean(next_x):
+            if is_lean(next_x):
                 # Through z' - z and not through u, its equal on paper: then a TPU
                 # makes one fusion of the step, with no array beyond inputs and outputs.
                 z, next_z, y = widen(z), widen(next_z), widen(p)
+                z_coefficient, step_coefficient = lean_coefficients
                 return (
                     like(z_coefficient, y) * (z - y)
                     + like(step_coefficient, y) * (next_z - z)
@@ -231,7 +242,7 @@ def rule(
             return (widen(next_y.astype(dtype)) - widen(p)).astype(dtype)
 
         z = jax.tree.map(move_z, state.z, displacement)
-        x = jax.tree.map(lambda z, x: move_x(x, z), z, state.x)
+        x = jax.tree.map(lambda z, x: move_x(x, z), z, stored_x)
         updates = jax.tree.map(move_y, state.z, z, params, x)
         return updates, ScheduleFreeState(
             count=optax.safe_increment(state.count),
@@ -240,10 +251,33 @@ def rule(
             weight_ratio_lo=weights.ratio.lo,
             lr_max=weights.lr_max,
             z=z,
-            x=x,
+            x=state.x if is_lean(state.x) else x,
             base_state=base_state,
             step_size_state=step_size_state,
         )
+
+    def check(state: ScheduleFreeState, params: optax.Params) -> None:
+        """Whether this optimizer can go on from the state of another one."""
+        _checks.kind_of_state(state, ScheduleFreeState)
+        _checks.same_leaves("z", state.z, params)
+        z = jax.tree.map(
+            lambda z: jax.ShapeDtypeStruct(jnp.shape(z), leaf_dtype(z)), state.z
+        )
+        for name, found, init in (
+            ("base_state", state.base_state, base.init),
+            ("step_size_state", state.step_size_state, step_size.init),
+        ):
+            _checks.same_leaves(name, found, jax.eval_shape(init, z))
+        lean = _lean_leaves(state)
+        if any(jax.tree.leaves(lean)):
+            if needs_x:
+                raise ValueError(
+                    "the state does not hold x, which b1 = 0 needs, and so does a b1 "
+                    "in an array. Pass a number above 0 (inject_hyperparams: "
+                    'static_args=("b1",)), or state._replace(x=sf_jax.eval_params('
+                    "state, params))."
+                )
+            _checks.as_wide_as_before(lean, state.z, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -281,8 +315,9 @@ def schedule_free(
         schedule that reaches 0 needs ``store_x=True``.
       weight_lr_power: steps are weighed by the largest learning rate so far to this
         power; 2 keeps warmup out of the average.
-      state_dtype: dtype of z, x and the moments. By default that of each parameter,
-        float32 for those narrower than it.
+      state_dtype: dtype of z and x. By default that of each parameter, float32 for
+        those narrower than it. A complex one means its real part where the parameter
+        is real. The base sees z, and makes its moments, at least in float32.
       r: steps are also weighed by ``(k + 1) ** r``.
       average: another averaging weight, in place of the one that ``r`` and
         ``weight_lr_power`` describe: ``(count, lr, weights) -> (c, weights)``.
@@ -291,8 +326,11 @@ def schedule_free(
       lr_scale: for a ``base_optimizer`` that finds its own step size: the factor on
         ``learning_rate`` that its state holds after a step.
       store_x: keep x in the state (one more array a leaf), so that ``eval_params``
-        needs no params. x is always kept for parameters narrower than z and for
-        ``b1 = 0``, where y does not determine it.
+        needs no params. x is always kept for parameters narrower than z and where b1
+        is 0 or an array, which may become 0: y does not determine it then. Under
+        ``optax.inject_hyperparams`` all numbers are arrays; ``static_args=("b1",)``
+        leaves x out. ``optax.tree_map_params`` cannot know the parameters' dtypes:
+        where they are narrower than z, let it have ``store_x=True``.
 
     Returns:
       An optax transformation. Its updates have the params' structure and dtypes and
@@ -302,7 +340,9 @@ def schedule_free(
     Raises:
       ValueError: b1 outside [0, 1], a negative learning rate, a state_dtype that is
         not floating, an unknown ``decay_at``; in ``init`` leaves that are not
-        floating; in ``update`` params missing or gradients that do not fit them.
+        floating, or a b1 that begins at 0 without ``store_x``; in ``update`` params
+        missing, gradients that do not fit them, or a state that another optimizer
+        made and this one cannot go on from.
 
     Examples:
       >>> from functools import partial
@@ -331,9 +371,9 @@ def schedule_free(
     transformation = optax.with_extra_args_support(base_optimizer)
 
     def init(z: optax.Params) -> optax.OptState:
-        # Of a copy, since some keep their first params: one buffer in two places of
-        # the state cannot be donated.
-        return transformation.init(jax.tree.map(jnp.copy, z))
+        # A copy, since some keep their first params or an injected number: one buffer
+        # in two places of the state cannot be donated.
+        return jax.tree.map(jnp.copy, transformation.init(z))
 
     def update(
         grads: optax.Updates,
@@ -343,7 +383,8 @@ def schedule_free(
         lr: jax.Array,
         extra_args: dict[str, Any],
     ) -> tuple[optax.Updates, optax.OptState]:
-        return transformation.update(grads, state, iterates.at(decay_at), **extra_args)
+        params = _widened(iterates.at(decay_at))
+        return transformation.update(grads, state, params, **extra_args)
 
     return rule(
         Base(init, update, lr_scale),
@@ -369,7 +410,37 @@ def recover_y(x: jax.Array, z: jax.Array, b1: jax.Array) -> jax.Array:
 
 def widen(leaf: jax.Array) -> jax.Array:
     """The leaf in the dtype for arithmetic: its own, at least float32."""
-    return jnp.asarray(leaf, jnp.promote_types(jnp.result_type(leaf), jnp.float32))
+    return jnp.asarray(leaf, leaf_dtype(leaf))
+
+
+def may_be_zero(b1: jax.typing.ArrayLike) -> bool:
+    """Whether b1 is 0, or an array: its value must not decide what a state holds."""
+    return not _checks.is_number(b1) or b1 == 0
+
+
+def is_lean(x: Any) -> bool:
+    """Whether this, a leaf of x or all of it, is not stored."""
+    return isinstance(x, optax.MaskedNode)
+
+
+def per_leaf(x: optax.Params, z: optax.Params) -> optax.Params:
+    """x, or a MaskedNode, for each leaf of z."""
+    return jax.tree.broadcast(x, z, is_leaf=is_lean)
+
+
+def leaf_dtype(
+    leaf: jax.typing.ArrayLike, dtype: jax.typing.DTypeLike | None = None
+) -> jax.typing.DTypeLike:
+    """The dtype of state for a leaf: this one, or the leaf's but at least float32.
+
+    Complex for complex leaves and real for real ones, whichever of them dtype is.
+    """
+    own = jnp.result_type(leaf)
+    if dtype is None:
+        return jnp.promote_types(own, jnp.float32)
+    real = jnp.finfo(dtype).dtype
+    is_complex = jnp.issubdtype(own, jnp.complexfloating)
+    return jnp.promote_types(real, jnp.complex64) if is_complex else real
 
 
 def like(scalar: jax.typing.ArrayLike, leaf: jax.Array) -> jax.Array:
@@ -380,25 +451,23 @@ def like(scalar: jax.typing.ArrayLike, leaf: jax.Array) -> jax.Array:
 def _lean_coefficients(
     ckp1: jax.Array,
     b1: jax.typing.ArrayLike,
-    b1_before: jax.Array | None,
+    b1_before: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Of (z - y) and of (z' - z). ``b1_before=None``: β is constant."""
-    step_coefficient = _averaging.complement(b1) + b1 * ckp1
-    if b1_before is None:
-        return ckp1, step_coefficient
+    """Of (z - y) and of (z' - z)."""
+    # Exactly 0 while β is constant. The β of the state counts, not that of this
+    # optimizer before: another one may have made the state.
     e = (b1_before - b1) / b1_before
+    step_coefficient = _averaging.complement(b1) + b1 * ckp1
     return ckp1 + e * (1 - ckp1), step_coefficient
 
 
-def _state_dtype(
-    param: jax.Array, state_dtype: jax.typing.DTypeLike | None
-) -> jax.typing.DTypeLike:
-    dtype = jnp.result_type(param)
-    if state_dtype is None:
-        return jnp.promote_types(dtype, jnp.float32)
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        return jnp.promote_types(state_dtype, jnp.complex64)
-    return jnp.dtype(state_dtype)
+def _lean_leaves(state: ScheduleFreeState) -> Any:
+    """For each leaf of z, whether x is not stored."""
+    return jax.tree.map(lambda z, x: is_lean(x), state.z, per_leaf(state.x, state.z))
+
+
+def _widened(tree: optax.Params) -> optax.Params:
+    return jax.tree.map(widen, tree)
 
 
 def _placed_like(z: optax.Params, state: optax.OptState) -> optax.OptState:
@@ -429,10 +498,6 @@ def _placed_like(z: optax.Params, state: optax.OptState) -> optax.OptState:
 def _is_master(z: jax.Array, param: jax.Array) -> bool:
     """Whether the parameter is a rounded copy of what the state holds."""
     return jnp.finfo(jnp.result_type(param)).bits < jnp.finfo(z.dtype).bits
-
-
-def _is_lean(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
 
 
 def _copy(leaf: jax.typing.ArrayLike, dtype: jax.typing.DTypeLike) -> jax.Array:
