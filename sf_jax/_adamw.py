@@ -164,7 +164,7 @@ def adamw_base(
         if variant in ("paper", "algoperf"):
             correction = jnp.ones_like(correction)
         if variant == "adamc" and not _checks.is_off(weight_decay):
-            decay = lr * weight_decay
+            decay = lr * jnp.asarray(weight_decay)
 
         def adam(g: jax.Array, nu: jax.Array) -> jax.Array:
             return g / denominator(nu, correction, eps)

@@ -415,7 +415,7 @@ def widen(leaf: jax.Array) -> jax.Array:
 
 def may_be_zero(b1: jax.typing.ArrayLike) -> bool:
     """Whether b1 is 0, or an array: its value must not decide what a state holds."""
-    return not _checks.is_number(b1) or b1 == 0
+    return not _checks.is_number(b1) or bool(b1 == 0)
 
 
 def is_lean(x: Any) -> bool:
