@@ -19,6 +19,8 @@ class Reference(ScheduleFree):
     to rounding.
     """
 
+    _stores_y = True
+
     def _stores_x(self, group: Group) -> bool:
         return True
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sf_torch import _checks, _fused, _kernels, _modes
+from sf_torch import _checks, _fused, _kernels, _loaded, _modes
 from sf_torch._averaging import (
     Group,
     number,
@@ -68,6 +68,9 @@ class ScheduleFree(torch.optim.Optimizer):
     def _weight(self, group: Group, lr: float) -> float:
         """``c_k``: how much of z' enters x."""
         return polynomial_weight(group, lr, group["r"], group["weight_lr_power"])
+
+    # Whether the state holds y in train mode too, and not only where it is saved.
+    _stores_y = False
 
     def _moments(self, group: Group) -> tuple[str, ...]:
         """Keys of the arrays that the base step keeps for each parameter."""
@@ -119,6 +122,7 @@ class ScheduleFree(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _switch(self, training: bool) -> None:
+        self._settle()
         switch = _modes.to_y if training else _modes.to_x
         moved = {id(group): self._moved(group) for group in self.param_groups}
         for group in self.param_groups:
@@ -134,6 +138,7 @@ class ScheduleFree(torch.optim.Optimizer):
           dtype: of the result; by default that of each parameter. ``torch.float32``
             gives x in full where the parameters are half precision.
         """
+        self._settle()
         return [
             self._new_x(p, group).to(dtype or p.dtype)
             for group in self.param_groups
@@ -142,16 +147,45 @@ class ScheduleFree(torch.optim.Optimizer):
 
     @torch.no_grad()
     def eval_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
-        """The model's state dict at x, as new tensors. The model stays as it is."""
+        """The model's state dict at x, as new tensors. The model stays as it is.
+
+        Raises:
+          ValueError: a parameter of this optimizer is not in the model's state dict.
+            What stands there in its place would not be x.
+        """
+        saved = model.state_dict(keep_vars=True)
+        self._check_saved(model, saved)
         params = [p for group in self.param_groups for p in group["params"]]
         xs = dict(zip(map(id, params), self.eval_params(), strict=True))
-        named = dict(model.named_parameters(remove_duplicate=False))
         return {
-            name: xs[id(named[name])]
-            if name in named and id(named[name]) in xs
+            name: xs[id(value)]
+            if id(value) in xs
             else (value.detach().clone() if isinstance(value, Tensor) else value)
-            for name, value in model.state_dict().items()
+            for name, value in saved.items()
         }
+
+    def _check_saved(self, model: torch.nn.Module, saved: Mapping[str, Any]) -> None:
+        """Refuses a model's state dict that lacks a parameter of this optimizer."""
+        # By identity: wrappers and hooks rename, and two names may be one parameter.
+        found = set(map(id, saved.values()))
+        names = {id(p): name for name, p in model.named_parameters()}
+        lost = [
+            f"{names[id(p)]} is not in its state_dict(), which copies it or leaves it out"
+            if id(p) in names
+            else f"a parameter of shape {tuple(p.shape)} is not the model's"
+            for group in self.param_groups
+            for p in group["params"]
+            if id(p) not in found
+        ]
+        if lost:
+            more = f"; and {len(lost) - 4} more" if len(lost) > 4 else ""
+            raise ValueError(
+                "the model's state dict lacks parameters that the optimizer moves: "
+                f"{'; '.join(lost[:4])}{more}. Pass the model that it was built over "
+                "(several in a ModuleList), and build it after "
+                "load_state_dict(assign=True). Where state_dict() makes copies, take "
+                "it within `with optimizer.eval_mode():`."
+            )
 
     def _x(self, p: Tensor, group: Group) -> Tensor:
         state = self.state.get(p)
@@ -255,6 +289,25 @@ class ScheduleFree(torch.optim.Optimizer):
                 if key != "differentiable":  # torch's entry, no option of ours
                     group.setdefault(key, value)
             group.setdefault("b1", self._beta(group))
+        self._unsettled = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of every torch optimizer; with y, in train mode too, where x needs it.
+
+        The model may be saved at x beside it, and loaded before or after: y says then
+        what its parameters hold, and what they should.
+        """
+        saved = super().state_dict()
+        pairs = zip(saved["param_groups"], self.param_groups, strict=True)
+        for indices, group in pairs:
+            if not group["train_mode"]:
+                continue
+            for index, p in zip(indices["params"], group["params"], strict=True):
+                state = saved["state"].get(index, {})
+                if "z" in state and not state.keys() & {"x", "y"}:
+                    # A copy: some load in place, and the model's part may be at x.
+                    saved["state"][index] = {**state, "y": p.detach().clone()}
+        return saved
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads a state dict of this optimizer or of ``schedulefree``'s.
@@ -288,6 +341,26 @@ class ScheduleFree(torch.optim.Optimizer):
         ]
         super().load_state_dict({**state_dict, "param_groups": groups})
         restore_dtypes(self, state_dict)
+        _loaded.place(self.param_groups, self.state, strict=False)
+
+    # The model may be loaded after the optimizer, so that what the parameters hold is
+    # looked at when it matters first.
+    _unsettled = False
+
+    def _settle(self, act: Callable[..., None] = _loaded.place) -> None:
+        """After loading: each parameter holds the iterate of its group's mode.
+
+        Raises:
+          RuntimeError: the loaded state is not that of the parameters.
+        """
+        if not self._unsettled:
+            return
+        act(self.param_groups, self.state)
+        self._unsettled = False
+        for group in self.param_groups:
+            if group["train_mode"] and not self._stores_y:
+                for p in group["params"]:
+                    self.state.get(p, {}).pop("y", None)
 
     # The step
 
@@ -323,6 +396,7 @@ class ScheduleFree(torch.optim.Optimizer):
                 "step() in eval mode: the parameters hold x, and gradients belong to "
                 "y. Call optimizer.train() before the forward pass."
             )
+        self._settle(_loaded.check)
 
     @torch.compiler.disable
     def _check_gradients(self) -> None:

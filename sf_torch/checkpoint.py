@@ -1,13 +1,12 @@
 """Checkpoints that hold x under "model", ready to serve, and resume at y."""
 
 import os
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from sf_torch._forms import Closure, Reference
+from sf_torch import _archive
+from sf_torch._forms import Closure
 from sf_torch._optimizer import ScheduleFree, saved_states
 
 FORMAT = 1
@@ -33,15 +32,22 @@ def save_checkpoint(
     mode of both), ``versions`` and ``extra``.
 
     Args:
-      path: of the file. It is replaced only once the new one is complete.
+      path: of the file. It is replaced only once the new one is complete and on the
+        disk; a link is followed, and an existing file keeps its mode.
       model: the module whose parameters the optimizer moves.
       optimizer: an optimizer of this package, in either mode.
-      extra: anything that ``weights_only`` loading allows: numbers, strings, tensors.
+      extra: anything that ``weights_only`` loading allows: numbers, strings, tensors,
+        and lists, tuples and dicts of them. Scalars of NumPy, here and in the groups,
+        are written as Python numbers.
 
     Raises:
-      ValueError: the optimizer holds parameters that are not the model's, or one of
-        the two is in train mode and the other in eval mode. An optimizer that has not
-        stepped yet, or whose form has no modes, is in the model's.
+      ValueError: an entry that could not be read again; parameters that are sharded
+        over processes; the optimizer holds parameters that are not in the model's
+        state dict; or one of the two is in train mode and the other in eval mode. An
+        optimizer that has not stepped yet, or whose form has no modes, is in the
+        model's.
+      OSError: the folder of path does not exist, path is a folder, or the file cannot
+        be written. What was there is as before.
 
     Examples:
       >>> import tempfile, torch, sf_torch
@@ -68,17 +74,7 @@ def save_checkpoint(
         "versions": {"torch": str(torch.__version__)},
         "extra": extra,
     }
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    _archive.write(path, content)
 
 
 def load_checkpoint(
@@ -96,8 +92,8 @@ def load_checkpoint(
 
     Raises:
       ValueError: a file that is damaged, holds code, or does not fit the model and
-        the optimizer, or a pair in different modes, as for :func:`save_checkpoint`;
-        they are as before then.
+        the optimizer, or a pair that :func:`save_checkpoint` refuses; they are as
+        before then.
     """
     _check_pair(model, optimizer)
     content = _read(path)
@@ -121,14 +117,7 @@ def load_checkpoint(
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # as many kinds as there are ways to be damaged
-            raise ValueError(
-                f"{path} is damaged, or holds code, which is never run. Load a file "
-                "that save_checkpoint wrote."
-            ) from error
+    content = _archive.read(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(
             f"{path} is not a checkpoint of format {FORMAT}. Load a file that "
@@ -151,9 +140,8 @@ def _resume(optimizer: ScheduleFree) -> None:
             state = optimizer.state.get(p)
             if state and "y" in state:
                 p.copy_(state["y"])
-                if not isinstance(optimizer, Reference):
-                    del state["y"]
         group["train_mode"] = True
+    optimizer._settle()
 
 
 def _check_pair(model: torch.nn.Module, optimizer: ScheduleFree) -> None:
@@ -166,14 +154,9 @@ def _check_pair(model: torch.nn.Module, optimizer: ScheduleFree) -> None:
             f"the model is in {model_mode} mode, the optimizer in {mode} mode. Call "
             "train() or eval() on both; follow(model, optimizer) keeps them together."
         )
-    params = {id(p) for p in model.parameters()}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if id(p) not in params:
-                raise ValueError(
-                    f"the optimizer moves a parameter of shape {tuple(p.shape)} that "
-                    "is not the model's. Pass the model that it was built over."
-                )
+    saved = model.state_dict(keep_vars=True)
+    _archive.refuse_sharded(saved)
+    optimizer._check_saved(model, saved)
 
 
 def _check_shapes(

@@ -1,0 +1,110 @@
+"""After a state has been loaded: do the parameters hold what its mode says?
+
+Model and optimizer are saved and loaded apart: often the model at x, to be served, and
+the optimizer in train mode, and in either order. The state tells x from y, so that
+parameters that hold the one in place of the other can be seen and set right.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sf_torch._kernels import interpolate_y, recover_x, wide
+from sf_torch._leaves import local
+
+Group = dict[str, Any]
+States = Mapping[Tensor, dict[str, Tensor]]
+
+
+@torch.no_grad()
+def place(groups: list[Group], states: States, strict: bool = True) -> None:
+    """Lets parameters that hold the other iterate hold that of their group's mode.
+
+    Raises:
+      RuntimeError: a parameter in train mode holds neither x nor y, and ``strict``.
+    """
+    swapped, foreign = _misplaced(groups, states)
+    if strict:
+        _refuse(foreign)
+    for held, wanted in swapped:
+        held.copy_(wanted)
+
+
+@torch.no_grad()
+def check(groups: list[Group], states: States) -> None:
+    """For a step, whose gradients have been taken already.
+
+    Raises:
+      RuntimeError: a parameter in train mode does not hold y.
+    """
+    swapped, foreign = _misplaced(groups, states)
+    _refuse(foreign)
+    if swapped:
+        raise RuntimeError(
+            f"step() after loading: {len(swapped)} parameters hold x, and gradients "
+            "belong to y. Call optimizer.train() once model and optimizer are loaded, "
+            "before the forward pass."
+        )
+
+
+def _refuse(foreign: list[str]) -> None:
+    if foreign:
+        raise RuntimeError(
+            "the loaded optimizer state belongs to other weights: neither its x nor "
+            f"its y is in {', '.join(foreign)}. Load the model that was saved with it. "
+            "To go on from weights of your own, write them in eval mode: "
+            "optimizer.eval() once both are loaded, then the weights."
+        )
+
+
+def _misplaced(
+    groups: list[Group], states: States
+) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
+    """Of the parameters that do not hold the iterate of their group's mode:
+
+    pairs (parameter, what it should hold) of those that hold the other one; and names
+    of those in train mode that hold neither. In eval mode they may, since weights
+    written then are taken up as x.
+    """
+    swapped, foreign = [], []
+    for i, group in enumerate(groups):
+        for j, p in enumerate(group["params"]):
+            iterates = _iterates(states.get(p) or {}, group["b1"])
+            if iterates is None or p.is_meta:
+                continue
+            x, y = (iterate.to(p.dtype) for iterate in iterates)
+            wanted, other = (y, x) if group["train_mode"] else (x, y)
+            held = local(p.detach())
+            if torch.equal(held, wanted):
+                continue
+            if _near(held, other, wanted):
+                swapped.append((held, wanted))
+            elif (
+                group["train_mode"]
+                and "y" in states[p]  # as it was, and not worked out
+                and not _near(held, wanted, other)
+            ):
+                names = group.get("param_names") or {j: f"{i}.{j}"}
+                foreign.append(f"{names[j]} of shape {tuple(p.shape)}")
+    return swapped, foreign
+
+
+def _iterates(state: Mapping[str, Tensor], b1: float) -> tuple[Tensor, Tensor] | None:
+    """x and y, where the state has either beside z."""
+    if "z" not in state or not state.keys() & {"x", "y"}:
+        return None
+    x, y, z = (local(state[key]) if key in state else None for key in ("x", "y", "z"))
+    if x is None:
+        x = recover_x(*wide(y, z), b1)[0]
+    if y is None:
+        y = interpolate_y(*wide(x, z), b1)[0]
+    return x, y
+
+
+def _near(held: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether it is a, as another device may have rounded it where it is worked out."""
+    rounding = 4 * torch.finfo(a.dtype).eps * (a.abs() + b.abs())
+    equal = (held == a) | (held.isnan() & a.isnan())
+    return bool((equal | ((held - a).abs() <= rounding)).all())
