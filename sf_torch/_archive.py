@@ -76,9 +76,10 @@ def _check_sums(path: str | os.PathLike[str], file: IO[bytes]) -> None:
             for info in archive.infolist():
                 entry = info.filename
                 # What torch reads by and no sum covers: it compresses nothing, and
-                # takes an entry with an attribute for an empty folder.
+                # takes what is marked as a folder to be empty.
+                is_folder = info.external_attr & 0x10
                 sizes_differ = info.file_size != info.compress_size
-                if info.compress_type or info.external_attr or sizes_differ:
+                if info.compress_type or is_folder or sizes_differ:
                     raise zipfile.BadZipFile("Bad size or attribute")
                 with archive.open(info) as part:
                     while part.read(1 << 20):

@@ -95,11 +95,10 @@ def _iterates(state: Mapping[str, Tensor], b1: float) -> tuple[Tensor, Tensor] |
     """x and y, where the state has either beside z."""
     if "z" not in state or not state.keys() & {"x", "y"}:
         return None
-    x, y, z = (local(state[key]) if key in state else None for key in ("x", "y", "z"))
-    if x is None:
-        x = recover_x(*wide(y, z), b1)[0]
-    if y is None:
-        y = interpolate_y(*wide(x, z), b1)[0]
+    known = {key: local(state[key]) for key in ("x", "y", "z") if key in state}
+    z = known["z"]
+    x = known["x"] if "x" in known else recover_x(*wide(known["y"], z), b1)[0]
+    y = known["y"] if "y" in known else interpolate_y(*wide(x, z), b1)[0]
     return x, y
 
 

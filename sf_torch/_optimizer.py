@@ -96,7 +96,12 @@ class ScheduleFree(torch.optim.Optimizer):
         self._switch(True)
 
     def eval(self) -> None:
-        """The parameters hold x from now on. Does nothing in eval mode."""
+        """The parameters hold x from now on. Does nothing in eval mode.
+
+        Weights that are written now are x from then on: a model's ``load_state_dict``,
+        an average of models, clipped weights. Written in train mode they would be
+        taken for y.
+        """
         self._switch(False)
 
     @contextmanager
@@ -170,7 +175,7 @@ class ScheduleFree(torch.optim.Optimizer):
         found = set(map(id, saved.values()))
         names = {id(p): name for name, p in model.named_parameters()}
         lost = [
-            f"{names[id(p)]} is not in its state_dict(), which copies it or leaves it out"
+            f"{names[id(p)]} is copied by its state_dict(), or left out"
             if id(p) in names
             else f"a parameter of shape {tuple(p.shape)} is not the model's"
             for group in self.param_groups

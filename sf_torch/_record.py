@@ -2,13 +2,14 @@
 
 The file is a sequence of frames, so that it can be written as the run goes:
 
-    frame  = length (uint64), CRC-32 of the blob (uint32), both little-endian; the blob
+    frame  = length (uint64), CRC-32 of the blob (uint32), CRC-32 of these 12 bytes
+             (uint32), all little-endian; the blob
     blob   = one safetensors file: tensors, and JSON under "frame" in its metadata
 
 The first frame says what is being recorded and where it stands, one frame follows for
-each step, and one for each call of :meth:`Recorder.evaluated`. A reader stops at the
-first frame that is cut off or damaged: a run that was killed is readable up to its
-last whole step.
+each step, and one for each call of :meth:`Recorder.evaluated`. A run that was killed is
+readable up to its last whole step: its last frame is cut off. Anything else that is
+not whole is damage, which the length's own checksum tells apart.
 """
 
 import json
@@ -21,8 +22,12 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
-FORMAT = 1
-_HEADER = struct.Struct("<QI")
+from sf_torch._archive import refuse_sharded
+from sf_torch._files import write_whole
+
+FORMAT = 2
+_LENGTH = struct.Struct("<QI")
+_SUM = struct.Struct("<I")
 
 
 class Frame(NamedTuple):
@@ -58,6 +63,7 @@ class Recorder:
                 "from one recorded y and x to the next; gradients are always recorded."
             )
         _safetensors()
+        refuse_sharded({name: p for p, name in _names(optimizer, model).items()})
         self.optimizer, self.path, self.every = optimizer, path, every
         self.step = 0
         self._names = _names(optimizer, model)
@@ -67,7 +73,6 @@ class Recorder:
         self._undo: list[Callable[[], None]] = []
 
     def __enter__(self) -> "Recorder":
-        self._file = open(self.path, "wb")  # open over many steps
         self.step = 0
         kind = type(self.optimizer)
         base = getattr(self.optimizer, "base", None)
@@ -83,7 +88,9 @@ class Recorder:
                 if hasattr(self.optimizer, name)
             },
         }
-        self._write("start", info, {**self._iterates(), **self._state()})
+        start = self._frame("start", info, {**self._iterates(), **self._state()})
+        write_whole(self.path, lambda file: file.write(start))
+        self._file = open(self.path, "ab")  # open over many steps
         self._attach()
         return self
 
@@ -221,12 +228,25 @@ class Recorder:
                 "nothing is being recorded. Use it inside "
                 "`with sf_torch.record(optimizer, path) as recorder:`."
             )
+        try:
+            self._file.write(self._frame(kind, info, tensors))
+            # Out of this process: it may be killed at any time.
+            self._file.flush()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{self.path} could not take step {self.step}, and is readable up to "
+                f"the one before: {error}",
+            ) from error
+
+    def _frame(
+        self, kind: str, info: Mapping[str, Any], tensors: dict[str, Tensor]
+    ) -> bytes:
         frame = {"kind": kind, "step": self.step, **info, "groups": self._groups()}
         metadata = {"frame": json.dumps(frame)}
         blob = _safetensors().save(tensors, metadata)
-        self._file.write(_HEADER.pack(len(blob), zlib.crc32(blob)) + blob)
-        # Out of this process: it may be killed at any time.
-        self._file.flush()
+        length = _LENGTH.pack(len(blob), zlib.crc32(blob))
+        return length + _SUM.pack(zlib.crc32(length)) + blob
 
 
 def record(
@@ -245,7 +265,7 @@ def record(
     Args:
       optimizer: as it trains. What it holds when the block begins is where the replay
         starts.
-      path: the file to write; replaced if it exists.
+      path: the file to write; replaced, once the block begins, if it exists.
       every: steps from one recorded y and x to the next. Gradients are recorded at
         every step, since a replay needs them all.
       model: to name the parameters by; else they are named as the optimizer's groups
@@ -256,7 +276,8 @@ def record(
 
     Raises:
       ValueError: ``every`` that is not a positive integer, or a parameter that is not
-        the model's.
+        the model's, or is sharded over processes.
+      OSError: the file cannot be written, from the block's begin or a step.
       ImportError: safetensors is not installed.
 
     Examples:
@@ -284,33 +305,52 @@ def read_record(path: str | os.PathLike[str]) -> Iterator[Frame]:
     """The frames of a recorded run, one at a time, up to the last whole one.
 
     Raises:
-      ValueError: the file holds no recorded run.
+      ValueError: the file holds no recorded run, or is damaged; then once the frames
+        before the damage have been given.
     """
-    first = True
+    last = None
     with open(path, "rb") as file:
-        while (blob := _next_blob(file)) is not None:
+        while (blob := _next_blob(file, path, last)) is not None:
             frame = _frame(blob)
-            if first and frame.info.get("format") != FORMAT:
+            if last is None and frame.info.get("format") != FORMAT:
                 break
-            first = False
+            if last is not None and frame.step != last + (frame.kind == "step"):
+                raise ValueError(
+                    f"{path} has step {frame.step} after step {last}: two processes "
+                    "have recorded to it. Give each a path of its own."
+                )
+            last = frame.step
             yield frame
-    if first:
+    if last is None:
         raise ValueError(
             f"{path} holds no run of format {FORMAT}. Give the file that "
             "sf_torch.record wrote."
         )
 
 
-def _next_blob(file: IO[bytes]) -> bytes | None:
-    header = file.read(_HEADER.size)
-    if len(header) < _HEADER.size:
+def _next_blob(
+    file: IO[bytes], path: str | os.PathLike[str], last: int | None
+) -> bytes | None:
+    header = file.read(_LENGTH.size + _SUM.size)
+    if len(header) < _LENGTH.size + _SUM.size:
         return None
-    length, crc = _HEADER.unpack(header)
-    # Not read before it is known to be there: the length itself may be damaged.
-    if length > os.fstat(file.fileno()).st_size - file.tell():
-        return None
-    blob = file.read(length)
-    return blob if zlib.crc32(blob) == crc else None
+    packed = header[: _LENGTH.size]
+    length, crc = _LENGTH.unpack(packed)
+    whole = _SUM.unpack(header[_LENGTH.size :])[0] == zlib.crc32(packed)
+    if whole:
+        # Not read before it is known to be there: a header can be made up.
+        if length > os.fstat(file.fileno()).st_size - file.tell():
+            return None
+        blob = file.read(length)
+        if zlib.crc32(blob) == crc:
+            return blob
+    if last is None and not whole:
+        return None  # another kind of file
+    where = "its first frame" if last is None else f"the frame after step {last}"
+    raise ValueError(
+        f"{path} is damaged in {where}; those before it are whole. Record the run "
+        "again, or give a copy of the file."
+    )
 
 
 def _frame(blob: bytes) -> Frame:

@@ -198,6 +198,38 @@ def a_whole_checkpoint_of_shards_serves_x(rank, folder):
         close(state.values(), one_process("adamw"))
 
 
+def a_file_of_one_process_is_refused_for_shards(rank, folder):
+    path = os.path.join(folder, "run.pt")
+    model, optimizer = sharded("adamw")
+    train(model, optimizer, 1, rank=rank)
+    named = "sharded over processes: 0.weight, 0.bias, 2.weight, 2.bias"
+    for refused in (
+        lambda: sf_torch.save_checkpoint(path, model, optimizer),
+        lambda: sf_torch.load_checkpoint(path, model, optimizer),
+        lambda: sf_torch.record(optimizer, path, model=model),
+    ):
+        with pytest.raises(ValueError, match=named):
+            refused()
+    whole = network()
+    with pytest.raises(ValueError, match=r"processes: extra\['shard'\]"):
+        sf_torch.save_checkpoint(
+            path, whole, BUILDS["sgd"](whole.parameters()), shard=model[0].weight
+        )
+    assert not os.path.exists(path)
+
+
+def processes_that_write_one_file_do_not_mix(rank, folder):
+    path = os.path.join(folder, "together.pt")
+    model = network()
+    optimizer = BUILDS["adamw"](model.parameters())
+    train(model, optimizer, 1)
+    for _ in range(10):
+        sf_torch.save_checkpoint(path, model, optimizer)
+        sf_torch.load_checkpoint(path, model, optimizer)
+    dist.barrier()
+    assert not [name for name in os.listdir(folder) if name.endswith(".part")]
+
+
 def modes_agree(rank, folder):
     _, optimizer = sharded("sgd")
     sf_torch.check_modes(optimizer)
@@ -224,6 +256,8 @@ CHECKS = [
     state_is_sharded,
     sharded_checkpoints_resume,
     a_whole_checkpoint_of_shards_serves_x,
+    a_file_of_one_process_is_refused_for_shards,
+    processes_that_write_one_file_do_not_mix,
     modes_agree,
     a_rank_in_the_wrong_mode_is_named_on_every_rank,
 ]
