@@ -190,7 +190,7 @@ def scheduled(
     def step_size(count: jax.Array) -> Double:
         lr = double(learning_rate(count) if callable(learning_rate) else learning_rate)
         if warmup_steps is None or (
-            isinstance(warmup_steps, (int, float)) and warmup_steps == 0
+            isinstance(warmup_steps, int) and warmup_steps == 0
         ):
             return lr
         # At least 1, since 0 may be injected and is not to be divided by.

@@ -83,7 +83,6 @@ def test_jax_takes_whole_numbers_of_any_type(make, argument):
 
 @pytest.mark.parametrize("zero", [0, 0.0])
 def test_jax_turns_warmup_off_by_zero_of_any_type(zero):
-    # Finite either way; a division by it would show in the derivative.
     run = lambda lr: jax_run_sgd(lr, zero)  # noqa: E731
     assert float(run(0.1)) == pytest.approx(0.8)
     assert float(jax.grad(run)(0.1)) == pytest.approx(-2.0)
