@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import ParamsT
 
+from sf_torch import _checks
 from sf_torch._averaging import Group, one_minus_power, where
 from sf_torch._forms import Closure, Reference
 from sf_torch._kernels import BaseStep
@@ -38,9 +39,9 @@ class AdamWScheduleFree(ScheduleFree):
       warmup_steps: steps of linear warmup.
       r: steps are weighed by ``(k + 1) ** r``.
       weight_lr_power: and by the largest learning rate so far to this power.
-      foreach: False for one parameter at a time, else as many as pay.
       inner_momentum: decay rate of a first moment in the numerator, in [0, 1); 0 for
         the plain gradient, which keeps no first moment.
+      foreach: False for one parameter at a time, else as many as pay.
       decay_at: "y", "z" or "x": what the decay pulls towards zero by.
       store_x: keep x in the state.
       state_dtype: dtype of z and x. By default that of each parameter, float32 for
@@ -87,9 +88,9 @@ class AdamWScheduleFree(ScheduleFree):
         warmup_steps: int = 0,
         r: float = 0.0,
         weight_lr_power: float = 2.0,
+        inner_momentum: float = 0.0,
         foreach: bool | None = None,
         *,
-        inner_momentum: float = 0.0,
         decay_at: str = "y",
         store_x: bool = False,
         state_dtype: torch.dtype | None = None,
@@ -163,6 +164,23 @@ class AdamWScheduleFreePaper(AdamWScheduleFree):
       Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
     """
 
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 0.0025,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        warmup_steps: int = 0,
+        r: float = 0.0,
+        weight_lr_power: float = 2.0,
+        foreach: bool | None = None,
+        **options: Any,
+    ) -> None:
+        # The order of the arguments is that of Meta's class of this name.
+        common = (lr, betas, eps, weight_decay, warmup_steps, r, weight_lr_power)
+        super().__init__(params, *common, foreach=foreach, **options)
+
     def _step_size(self, group: Group) -> float:
         correction = one_minus_power(group["betas"][1], group["k"])
         return super()._step_size(group) * correction**0.5
@@ -230,12 +248,46 @@ class AdamWScheduleFreeReference(Reference, AdamWScheduleFree):
         *args: Any,
         **options: Any,
     ) -> None:
-        # Meta's class of this name says where decay is taken in this way.
+        common = (lr, betas, eps, weight_decay, warmup_steps, r, weight_lr_power)
+        _checks.boolean("decay_at_z", decay_at_z)
         if decay_at_z:
             options["decay_at"] = "z"
-        common = (lr, betas, eps, weight_decay, warmup_steps, r, weight_lr_power)
         super().__init__(params, *common, *args, **options)
+
+    # Meta's class of this name keeps in its groups whether decay is taken at z.
+
+    def add_param_group(self, param_group: Group) -> None:
+        if param_group.get("decay_at_z"):
+            param_group["decay_at"] = "z"
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group["decay_at_z"] = group["decay_at"] == "z"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for group in state["param_groups"]:
+            if "decay_at" not in group and "decay_at_z" in group:
+                group["decay_at"] = "z" if group["decay_at_z"] else "y"
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group["decay_at_z"] = group["decay_at"] == "z"
 
 
 class AdamWScheduleFreeClosure(Closure, AdamWScheduleFree):
     """:class:`AdamWScheduleFree` for ``step(closure)``, without modes to switch."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 0.0025,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        warmup_steps: int = 0,
+        r: float = 0.0,
+        weight_lr_power: float = 2.0,
+        foreach: bool | None = None,
+        **options: Any,
+    ) -> None:
+        # The order of the arguments is that of Meta's class of this name.
+        common = (lr, betas, eps, weight_decay, warmup_steps, r, weight_lr_power)
+        super().__init__(params, *common, foreach=foreach, **options)

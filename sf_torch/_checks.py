@@ -99,6 +99,20 @@ def state_dtype(name: str, value: Any) -> None:
         )
 
 
+def boolean(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(
+            f"{name} must be True or False, got {value!r}. If this number was meant "
+            "for another argument, give both by name: the order of arguments may "
+            "differ between versions of schedulefree."
+        )
+
+
+def optional_boolean(name: str, value: Any) -> None:
+    if value is not None:
+        boolean(name, value)
+
+
 _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "lr": learning_rate,
     "momentum": interpolation,
@@ -118,4 +132,10 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "decay_at": decay_at,
     "state_dtype": state_dtype,
     "moment_dtype": state_dtype,
+    "foreach": optional_boolean,
+    "fused": optional_boolean,
+    "capturable": boolean,
+    "store_x": boolean,
+    "silent_sgd_phase": boolean,
+    "upstream_compatible": boolean,
 }

@@ -319,7 +319,8 @@ class ScheduleFree(torch.optim.Optimizer):
 
         Raises:
           ValueError: groups or shapes that do not fit, or the state of an optimizer
-            that is not Schedule-Free; nothing has changed then.
+            that is not Schedule-Free or does not count its steps in its groups;
+            nothing has changed then.
         """
         for index, _, saved in saved_states(self, state_dict):
             if saved and "z" not in saved:
@@ -340,6 +341,15 @@ class ScheduleFree(torch.optim.Optimizer):
                 + "; ".join(misfits)
                 + ". Build the optimizer over the model that it was saved with."
             )
+        for group in state_dict["param_groups"]:
+            states = [state_dict["state"].get(index, {}) for index in group["params"]]
+            if "k" not in group and any("z" in state for state in states):
+                raise ValueError(
+                    "a group of the state dict has no k, the number of steps taken, "
+                    f"only {sorted(group)}. It is of another package, such as GPAAdamW "
+                    "of facebookresearch/optimizers: set k, weight_sum, lr_max, "
+                    "train_mode and the options in its groups by the names used here."
+                )
         # A package without modes in its groups says nothing against the present one.
         groups = [
             {"train_mode": self.training, **g} for g in state_dict["param_groups"]
@@ -398,8 +408,9 @@ class ScheduleFree(torch.optim.Optimizer):
     def _check_mode(self) -> None:
         if not all(group["train_mode"] for group in self.param_groups):
             raise RuntimeError(
-                "step() in eval mode: the parameters hold x, and gradients belong to "
-                "y. Call optimizer.train() before the forward pass."
+                "step() needs train mode: in eval mode the parameters hold x, and "
+                "gradients belong to y. Call optimizer.train() before the forward "
+                "pass."
             )
         self._settle(_loaded.check)
 

@@ -87,7 +87,7 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
       ...     optimizer.zero_grad()
       ...     loss = w.square().sum()
       ...     loss.backward()
-      ...     optimizer.step_func(function_value=loss)
+      ...     _ = optimizer.step_func(function_value=loss)
       >>> bool(optimizer.eval_params()[0].norm() < 0.2)
       True
 
@@ -135,6 +135,11 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
             "upstream_compatible": upstream_compatible,
             "moment_dtype": moment_dtype,
             "grad_l1_ema": 0.0,
+            # What Meta's class of this name keeps in its groups besides, for logs.
+            "grad_l1_ema_corr": 0.0,
+            "function_value_ema": 0.0,
+            "ip_term": 0.0,
+            "polyak_denom_ema": 0.0,  # which it asks for, and never uses
         }
         options |= bookkeeping(store_x, state_dtype, fused)
         ScheduleFree.__init__(self, params, options)
@@ -165,10 +170,13 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
         Args:
           function_value: the loss that the gradients belong to.
 
+        Returns:
+          function_value.
+
         Raises:
           RuntimeError: in eval mode, or for sparse gradients; nothing has moved then.
         """
-        self.step(lambda: function_value)
+        return self.step(lambda: function_value)
 
     def _measure(self, loss: Any) -> None:
         if loss is None:
@@ -178,7 +186,7 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
                 "it."
             )
         inner, norm = self._sums()
-        polyak = max(0.0, mean_over_processes(loss) + inner)
+        gap = mean_over_processes(loss) + inner
         # One mean for all groups, kept in each; the first has all its steps.
         first = self.param_groups[0]
         p = first["polyak_beta"]
@@ -189,7 +197,9 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
             group["grad_l1_ema"] = kept
             lr = max(float(group["lr"]), group["eps"])
             # Without a gradient there is no direction either, and any step will do.
-            group["scheduled_lr"] = lr * polyak / corrected if corrected else 0.0
+            group["scheduled_lr"] = lr * max(0.0, gap) / corrected if corrected else 0.0
+            logged = {"function_value_ema": gap, "ip_term": inner}
+            group.update(logged, grad_l1_ema_corr=corrected)
 
     def _sums(self) -> tuple[float, float]:
         """``Σ β g·(z - x)`` and ``Σ|g|`` over all groups, and all shards of them."""

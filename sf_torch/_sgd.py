@@ -99,7 +99,14 @@ class SGDScheduleFree(ScheduleFree):
 
 
 class SGDScheduleFreeReference(Reference, SGDScheduleFree):
-    """:class:`SGDScheduleFree` with x, y and z all stored."""
+    """:class:`SGDScheduleFree` with x, y and z all stored.
+
+    Begins in train mode, as Meta's class of this name does.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.train()
 
 
 class SGDScheduleFreeClosure(Closure, SGDScheduleFree):

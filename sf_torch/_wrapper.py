@@ -91,16 +91,20 @@ class ScheduleFreeWrapper(ScheduleFree):
                 f"base must be a torch optimizer, got {type(base).__name__}. Build it "
                 "first: ScheduleFreeWrapper(torch.optim.SGD(params, lr=0.1))."
             )
-        _checks.non_negative("weight_decay_at_y", weight_decay_at_y)
         _checks.interpolation("momentum", momentum)
         _checks.state_dtype("state_dtype", state_dtype)
-        self.weight_decay_at_y = weight_decay_at_y
         self.momentum = momentum
         self.weight_lr_power = weight_lr_power
         self.r = r
         self.base = base
-        super().__init__(base.param_groups, bookkeeping(store_x, state_dtype))
+        options = {"weight_decay_at_y": weight_decay_at_y}
+        super().__init__(base.param_groups, options | bookkeeping(store_x, state_dtype))
         self.param_groups, self.state = base.param_groups, base.state
+
+    @property
+    def weight_decay_at_y(self) -> float:
+        """λ of the first group; each group has its own, which may be set there."""
+        return self.param_groups[0]["weight_decay_at_y"]
 
     def _beta(self, group: Group) -> float:
         return self.momentum
@@ -201,13 +205,13 @@ class ScheduleFreeWrapper(ScheduleFree):
         """What the base's step begins with, as a new tensor."""
         state = self.state[p]
         z = state["z"].clone()
-        if not self.weight_decay_at_y:
+        if not group["weight_decay_at_y"]:
             return z
         y = p.detach()
         if is_master(z, p):  # p is a rounding of y
             y = _kernels.interpolate_y(*_kernels.wide(state["x"], z), group["b1"])[0]
         # Without the d of a group, as Meta's has it.
-        return z.sub_(y, alpha=float(group["lr"]) * self.weight_decay_at_y)
+        return z.sub_(y, alpha=float(group["lr"]) * group["weight_decay_at_y"])
 
     @contextmanager
     def _apart(self) -> Iterator[None]:
@@ -244,7 +248,8 @@ class ScheduleFreeWrapper(ScheduleFree):
         super().add_param_group(param_group)
 
     def _check_group(self, group: Group) -> None:
-        """The options are the base's to check."""
+        """The other options are the base's to check."""
+        _checks.non_negative("weight_decay_at_y", group["weight_decay_at_y"])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.base.zero_grad(set_to_none)
@@ -272,7 +277,7 @@ class ScheduleFreeWrapper(ScheduleFree):
         self.param_groups, self.state = self.base.param_groups, self.base.state
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("base", "momentum", "weight_decay_at_y", "weight_lr_power", "r")
+        names = ("base", "momentum", "weight_lr_power", "r")
         return super().__getstate__() | {name: getattr(self, name) for name in names}
 
 
