@@ -10,7 +10,7 @@ from sf_jax._averaging import (
     polynomial_average,
     refined_average,
 )
-from sf_jax._eval import eval_params, train_params
+from sf_jax._eval import check_params, eval_params, train_params
 from sf_jax._gpa import gpa_adamw
 from sf_jax._muon import growing_b1, schedule_free_muon
 from sf_jax._plus import schedule_free_plus
@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ScheduleFreeState",
+    "check_params",
     "eval_params",
     "exponential_average",
     "gpa_adamw",

@@ -2,27 +2,38 @@
 
 A :class:`ScheduleFreeState` may lie anywhere inside a state: under optax's
 combinators, in several places that own different leaves, or as the plain dicts and
-lists that a checkpoint library gives back. Leaves are therefore matched by their
-path, and paths are compared by what they say and not by the containers they come
-from.
+lists that a checkpoint library gives back. Which leaf of it is which parameter is said
+by their paths (``_paths``). A state that came back plain may lack parts, so it is
+checked whole.
+
+What is returned owns its memory: x must outlive a step that is given the donated
+buffers of params and state.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
+from sf_jax import _paths
+from sf_jax._paths import ROOT, Path, show
 from sf_jax._schedule_free import ScheduleFreeState, recover_x, recover_y
 
-Path = tuple[str, ...]
-_ROOT: Path = ()  # of a tree that is a single leaf
+_SCALARS = ("count", "b1", "weight_ratio", "weight_ratio_lo", "lr_max")
+# How many roundings y may be away from where x and z put it.
+_ROUNDINGS = 4
 
-# What tells a ScheduleFreeState that came back from a checkpoint as a dict.
-_FIELDS_OF_A_RESTORED_STATE = {"count", "b1", "lr_max", "z"}
+
+class _Found(NamedTuple):
+    """A Schedule-Free state inside another."""
+
+    state: ScheduleFreeState
+    plain: bool  # restored as a dict
 
 
 class _Owned(NamedTuple):
@@ -57,11 +68,13 @@ def eval_params(state: Any, params: Any = None) -> Any:
       x, with the structure and shapes of params. Its dtypes are those of params
       where they are known, else those of the state (float32 for bfloat16 params);
       a state under ``optax.flatten`` knows of no structure and gives a flat vector.
-      Leaves that no Schedule-Free state owns come back as they are.
+      Leaves that no Schedule-Free state owns come back as copies: all of it stays
+      when params and state are donated to the next step.
 
     Raises:
       ValueError: no Schedule-Free state found, params missing, shapes that do not
-        fit, two states that own the same leaf, or a batch of states outside ``vmap``.
+        fit, two states that own the same leaf, a batch of states outside ``vmap``, or
+        a plain state from a checkpoint that lacks a part.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sf_jax
@@ -77,16 +90,16 @@ def eval_params(state: Any, params: Any = None) -> Any:
       Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
     """
     opt_state, params = _opt_state_and_params(state, params)
-    owned = _owned_leaves(opt_state)
+    found = _found_in(opt_state)
     if params is None:
-        return _stored_x(opt_state, owned)
+        return _stored_x(found)
 
     def to_x(leaf: _Owned, y: jax.Array) -> jax.Array:
         if leaf.x is not None:
             return jnp.array(leaf.x, jnp.result_type(y), copy=True)
         return recover_x(jnp.asarray(y), leaf.z, leaf.b1)
 
-    return _map_owned(to_x, owned, params)
+    return _map_owned(to_x, found, params)
 
 
 def train_params(state: Any, params: Any) -> Any:
@@ -134,21 +147,99 @@ def train_params(state: Any, params: Any) -> Any:
         z = leaf.z.astype(jnp.promote_types(leaf.z.dtype, x.dtype))
         return recover_y(x, z, leaf.b1).astype(dtype)
 
-    return _map_owned(to_y, _owned_leaves(opt_state), params)
+    return _map_owned(to_y, _found_in(opt_state), params)
+
+
+def check_params(state: Any, params: Any = None) -> None:
+    r"""Raises where the live parameters are not the y that the state expects.
+
+    A step ends with
+
+    .. math::
+
+        y = (1 - \beta) z + \beta x
+
+    and where the state stores x, y is known. It is another when something changed the
+    parameters behind the optimizer: a transformation that comes after it in a chain,
+    weights that were loaded or clipped in place. The mean of z is then no mean of
+    what was trained. Call it outside of ``jit``, now and then.
+
+    Args:
+      state: as for :func:`eval_params`, with x stored: ``store_x=True``, or parameters
+        narrower than float32. Leaves without x are not looked at.
+      params: the live parameters y; not needed with a train state.
+
+    Raises:
+      ValueError: parameters that are not y, with the leaf and the distance; a state
+        that stores no x; or as :func:`eval_params`.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, sf_jax
+      >>> sgd = sf_jax.schedule_free_sgd(0.1, store_x=True)
+      >>> params = jnp.ones(2)
+      >>> updates, state = sgd.update(params, sgd.init(params), params)
+      >>> sf_jax.check_params(state, optax.apply_updates(params, updates))
+      >>> sf_jax.check_params(state, params)
+      Traceback (most recent call last):
+        ...
+      ValueError: params are not the y that the state expects: 0.1 away from it...
+
+    References:
+      Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
+    """
+    opt_state, params = _opt_state_and_params(state, params)
+    if params is None:
+        raise ValueError("check_params needs params, the live parameters y.")
+    narrowest = max(
+        (float(jnp.finfo(p.dtype).eps) for p in jax.tree.leaves(params) if _inexact(p)),
+        default=0.0,
+    )
+    known = 0
+    for path, leaf, param in _match(_found_in(opt_state), params)[0]:
+        if leaf is None or leaf.x is None or jnp.size(param) == 0:
+            continue
+        known += 1
+        wide = jnp.promote_types(leaf.z.dtype, jnp.float32)
+        x, z, y = (jnp.asarray(a, wide) for a in (leaf.x, leaf.z, param))
+        expected = recover_y(x, z, leaf.b1)
+        distance = float(jnp.max(jnp.abs(y - expected.astype(jnp.result_type(param)))))
+        size = max(float(jnp.max(jnp.abs(a))) for a in (x, z, y))
+        # Under optax.flatten the vector is as exact as its narrowest part.
+        eps = narrowest if path == ROOT else float(jnp.finfo(param.dtype).eps)
+        if not distance <= _ROUNDINGS * (eps * size + float(jnp.finfo(wide).eps)):
+            raise ValueError(
+                f"params are not the y that the state expects: {distance:.3g} away "
+                f"from it in {show(path)}. Put the Schedule-Free optimizer last in the "
+                "chain, freeze parameters with optax.partition, and start anew with "
+                "tx.init(params) where weights were loaded."
+            )
+    if not known:
+        raise ValueError(
+            "the state stores no x, so that any params may be its y. Build the "
+            "optimizer with store_x=True."
+        )
 
 
 def find_states(state: Any) -> list[ScheduleFreeState]:
     """Every Schedule-Free state inside, outermost only, in the order of the tree."""
-    return list(_walk(state))
+    _paths.check_depth(state)
+    return [found.state for found in _walk(state)]
 
 
-def _walk(node: Any) -> Iterator[ScheduleFreeState]:
+def own(leaf: Any) -> Any:
+    """The leaf in memory of its own."""
+    if isinstance(leaf, (jax.Array, np.ndarray)):
+        return leaf.copy()
+    return leaf
+
+
+def _walk(node: Any) -> Iterator[_Found]:
     if isinstance(node, ScheduleFreeState):
-        yield node
+        yield _Found(node, plain=False)
     elif isinstance(node, Mapping):
-        if node.keys() >= _FIELDS_OF_A_RESTORED_STATE:
+        if _was_a_state(node):
             fields: list[Any] = [node.get(name) for name in ScheduleFreeState._fields]
-            yield ScheduleFreeState(*fields)
+            yield _Found(ScheduleFreeState(*fields), plain=True)
             return
         for child in node.values():
             yield from _walk(child)
@@ -160,127 +251,229 @@ def _walk(node: Any) -> Iterator[ScheduleFreeState]:
             yield from _walk(getattr(node, field.name))
 
 
+def _was_a_state(node: Mapping[Any, Any]) -> bool:
+    """Also one that has lost parts, so that they can be missed."""
+    known = node.keys() & {*_SCALARS, "z", "x"}
+    # Names that nothing else has, and not they alone.
+    return len(known) > 2 and not known.isdisjoint(_SCALARS[2:])
+
+
 def _opt_state_and_params(state: Any, params: Any) -> tuple[Any, Any]:
     if isinstance(state, Mapping) and state.keys() >= {"params", "opt_state"}:
         opt_state, own = state["opt_state"], state["params"]
     elif hasattr(state, "params") and hasattr(state, "opt_state"):
         opt_state, own = state.opt_state, state.params
+    elif hasattr(state, "opt_state"):
+        raise ValueError(
+            f"{type(state).__name__} holds an optimizer state without its params. For "
+            "NNX call sf_jax.flax.eval_model(optimizer, model), or pass the state and "
+            "the params: optimizer.opt_state, nnx.state(model, optimizer.wrt)."
+        )
     else:
         return state, params
     return opt_state, own if params is None else params
 
 
-def _owned_leaves(opt_state: Any) -> dict[Path, _Owned]:
-    states = find_states(opt_state)
-    if not states:
+def _found_in(opt_state: Any) -> list[_Found]:
+    _paths.check_depth(opt_state)
+    found = list(_walk(opt_state))
+    if not found:
         raise ValueError(
             "no Schedule-Free state found in a state of type "
             f"{type(opt_state).__name__}. Pass the optimizer state of a sf_jax "
             "optimizer, alone or under optax's combinators, or a train state that "
             "has it as opt_state."
         )
+    for state, plain in found:
+        if plain:
+            _check_whole(state)
+    return found
+
+
+def _check_whole(state: ScheduleFreeState) -> None:
+    """Of a state that came back as a dict: nothing of it is lost or out of range."""
+    lost = [name for name in (*_SCALARS, "z") if getattr(state, name) is None]
+    if lost:
+        raise _damaged(f"lacks {', '.join(lost)}")
+    for name in _SCALARS:
+        value = _scalar(getattr(state, name))
+        if isinstance(value, jax.core.Tracer):
+            continue
+        if not np.isfinite(value).all() or (name != "weight_ratio_lo" and value.min() < 0):
+            raise _damaged(f"has {name} = {value}")
+    z, x = _paths.leaves(state.z), _paths.leaves(state.x)
+    beside = _nodes(state.x)
+    for path, leaf in z.items():
+        if not (hasattr(leaf, "dtype") and _inexact(leaf)):
+            raise _damaged(f"has z of {show(path)} = {leaf!r}, which is no array")
+        if not _is_within(path, beside):
+            raise _damaged(f"lacks x of {show(path)}, or what stands for it")
+        if path in x and jnp.shape(x[path]) != jnp.shape(leaf):
+            raise _damaged(
+                f"has x of shape {jnp.shape(x[path])} and z of {jnp.shape(leaf)} for "
+                f"{show(path)}"
+            )
+    if lost := [path for path in x if path not in z]:
+        raise _damaged(f"lacks z of {show(lost[0])}, of which it has x")
+    b1 = _scalar(state.b1)
+    if not isinstance(b1, jax.core.Tracer):
+        lean = x.keys() != z.keys()
+        if not ((b1 > 0 if lean else b1 >= 0) & (b1 <= 1)).all():
+            raise _damaged(f"has b1 = {b1}, which lies in (0, 1]")
+
+
+def _damaged(how: str) -> ValueError:
+    return ValueError(
+        f"a Schedule-Free state that came back as a dict {how}. Restore the whole "
+        "optimizer state, as it was saved."
+    )
+
+
+def _nodes(tree: Any) -> set[Path]:
+    """Paths of all leaves, and of what a checkpoint leaves of an empty node."""
+    return set(_paths.paths(tree, is_leaf=_is_empty))
+
+
+def _is_within(path: Path, nodes: set[Path]) -> bool:
+    """Whether there is something at this path, or an empty node at or above it."""
+    return any(path[:end] in nodes for end in range(len(path) + 1))
+
+
+def _is_empty(node: Any) -> bool:
+    """Nothing, also as a checkpoint library writes ``optax.MaskedNode()``."""
+    return node is None or (isinstance(node, (Mapping, list, tuple)) and not node)
+
+
+def _owned_leaves(found: _Found) -> dict[Path, _Owned]:
+    state = found.state
+    stored, b1 = _paths.leaves(state.x), jnp.asarray(_scalar(state.b1))
+    return {
+        path: _Owned(jnp.asarray(z), stored.get(path), b1)
+        for path, z in _paths.leaves(state.z).items()
+    }
+
+
+def _take_in(owned: dict[Path, _Owned], path: Path, leaf: _Owned) -> None:
+    if path in owned:
+        raise ValueError(
+            f"two Schedule-Free states own the leaf {show(path)}, so there is no "
+            "single x. Pass the one that belongs to these params."
+        )
+    owned[path] = leaf
+
+
+def _stored_x(found: Sequence[_Found]) -> Any:
     owned: dict[Path, _Owned] = {}
-    for state in states:
-        stored = _leaves_by_path(state.x)
-        for path, z in _leaves_by_path(state.z).items():
-            if path in owned:
-                raise ValueError(
-                    f"two Schedule-Free states own the leaf {_name(path)}, so there "
-                    "is no single x. Pass the one that belongs to these params."
-                )
-            owned[path] = _Owned(jnp.asarray(z), stored.get(path), _array(state.b1))
-    return owned
-
-
-def _stored_x(opt_state: Any, owned: Mapping[Path, _Owned]) -> Any:
+    for one in found:
+        for path, leaf in _owned_leaves(one).items():
+            _take_in(owned, path, leaf)
     lean = [path for path, leaf in owned.items() if leaf.x is None]
     if lean:
         raise ValueError(
-            f"the state does not hold x for {_name(lean[0])}"
+            f"the state does not hold x for {show(lean[0])}"
             + (f" and {len(lean) - 1} more leaves" if len(lean) > 1 else "")
             + ". Pass the live parameters, eval_params(state, params), or build the "
             "optimizer with store_x=True."
         )
-    tree = find_states(opt_state)[0].z
 
-    def x_of(path: Any, leaf: Any) -> jax.Array:
-        if _key(path) not in owned:
+    def x_of(path: Path) -> jax.Array:
+        if path not in owned:
             raise ValueError(
-                f"no Schedule-Free state owns the leaf {_name(_key(path))}. Pass the "
-                "live parameters too: eval_params(state, params)."
+                f"no Schedule-Free state owns the leaf {show(path)}. Pass the live "
+                "parameters too: eval_params(state, params)."
             )
-        return jnp.array(owned[_key(path)].x, copy=True)
+        return jnp.array(owned[path].x, copy=True)
 
-    return jax.tree.map_with_path(x_of, tree, is_leaf=_is_masked)
-
-
-def _map_owned(fn: Any, owned: Mapping[Path, _Owned], params: Any) -> Any:
-    if _ROOT in owned and not jax.tree_util.all_leaves([params]):
-        return _map_flat(fn, owned[_ROOT], params)
-    shapes = {path: jnp.shape(p) for path, p in _leaves_by_path(params).items()}
-    for path, leaf in owned.items():
-        if path not in shapes:
-            raise ValueError(
-                f"params have no leaf {_name(path)}, which the state averages. Pass "
-                "the params that this state was made from."
-            )
-        if shapes[path] != jnp.shape(leaf.z):
-            raise ValueError(
-                f"the leaf {_name(path)} has shape {shapes[path]} in params and "
-                f"{jnp.shape(leaf.z)} in the state. Pass the params that this state "
-                "was made from."
-            )
-        if jnp.ndim(leaf.b1) and leaf.x is None:
-            raise ValueError(
-                f"the state is a batch of states: b1 has shape {jnp.shape(leaf.b1)}. "
-                "Use jax.vmap(sf_jax.eval_params)(state, params)."
-            )
-
-    def apply(path: Any, param: jax.Array) -> jax.Array:
-        leaf = owned.get(_key(path))
-        return param if leaf is None else fn(leaf, param)
-
-    return jax.tree.map_with_path(apply, params)
+    # Leaves of other owners are empty nodes in this z.
+    is_leaf = _is_empty if found[0].plain else _is_masked
+    structure = jax.tree.structure(found[0].state.z, is_leaf=is_leaf)
+    return structure.unflatten(
+        map(x_of, _paths.paths(found[0].state.z, is_leaf=is_leaf))
+    )
 
 
-def _map_flat(fn: Any, leaf: _Owned, params: Any) -> Any:
-    """One vector owns the whole tree: ``optax.flatten`` made it."""
-    flat, unflatten = ravel_pytree(params)
-    if jnp.shape(leaf.z) != flat.shape:
+def _map_owned(fn: Any, found: Sequence[_Found], params: Any) -> Any:
+    leaves, rebuild = _match(found, params)
+    return rebuild(
+        [own(param) if leaf is None else fn(leaf, param) for _, leaf, param in leaves]
+    )
+
+
+_Match = tuple[Path, _Owned | None, Any]
+
+
+def _match(
+    found: Sequence[_Found], params: Any
+) -> tuple[list[_Match], Callable[[list[Any]], Any]]:
+    """Each leaf of params with its owner, and how new leaves become params again."""
+    flat, structure = jax.tree.flatten(params)
+    where, rebuild = _paths.paths(params), structure.unflatten
+    if where != [ROOT] and any(ROOT in _paths.paths(one.state.z) for one in found):
+        # One vector owns the whole tree: optax.flatten made it.
+        vector, unravel = ravel_pytree(params)
+        flat, where, rebuild = [vector], [ROOT], lambda leaves: unravel(*leaves)
+
+    owned: dict[Path, _Owned] = {}
+    for one in found:
+        leaves = _owned_leaves(one)
+        pairs = _paths.pair(leaves, where, one.plain)
+        for path, leaf in leaves.items():
+            if path not in pairs:
+                raise ValueError(
+                    f"params have no leaf {show(path)}, which the state averages. "
+                    "Pass the params that this state was made from."
+                )
+            _take_in(owned, pairs[path], leaf)
+    if all(one.plain for one in found):
+        _check_all_known(found, where)
+    for path, param in zip(where, flat, strict=True):
+        if path in owned:
+            _check_fit(path, owned[path], param)
+    matches = [(p, owned.get(p), leaf) for p, leaf in zip(where, flat, strict=True)]
+    return matches, rebuild
+
+
+def _check_fit(path: Path, leaf: _Owned, param: Any) -> None:
+    if path == ROOT and jnp.shape(leaf.z) != jnp.shape(param):
         raise ValueError(
             f"the state averages one array of shape {jnp.shape(leaf.z)}, and params "
-            f"have {flat.size} elements. Pass the params that this state was made "
-            "from; under optax.flatten they must be all params, not those that "
+            f"have {jnp.size(param)} elements. Pass the params that this state was "
+            "made from; under optax.flatten they must be all params, not those that "
             "optax.masked or optax.partition select."
         )
-    return unflatten(_map_owned(fn, {_ROOT: leaf}, flat))
+    if jnp.shape(param) != jnp.shape(leaf.z):
+        raise ValueError(
+            f"the leaf {show(path)} has shape {jnp.shape(param)} in params and "
+            f"{jnp.shape(leaf.z)} in the state. Pass the params that this state was "
+            "made from."
+        )
+    if jnp.ndim(leaf.b1) and leaf.x is None:
+        raise ValueError(
+            f"the state is a batch of states: b1 has shape {jnp.shape(leaf.b1)}. "
+            "Use jax.vmap(sf_jax.eval_params)(state, params)."
+        )
 
 
-def _leaves_by_path(tree: Any) -> dict[Path, Any]:
-    return {_key(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+def _check_all_known(found: Sequence[_Found], where: Sequence[Path]) -> None:
+    """A leaf that nothing owns left an empty node in each state; a lost one did not."""
+    known = {_paths.in_words(p) for one in found for p in _nodes(one.state.z)}
+    for path in where:
+        words = _paths.in_words(path)
+        if not _is_within((*words, "value"), known):
+            raise _damaged(
+                f"has no z for {show(path)}, nor a sign that it had none. Leave that "
+                "leaf out of params if it was not the optimizer's"
+            )
 
 
-def _key(path: Sequence[Any]) -> Path:
-    """A path by its names alone: ``a[0]`` and ``a["0"]`` are the same leaf.
-
-    So are a Flax NNX variable and the array in it, which is its ``value``.
-    """
-    names = tuple(
-        str(getattr(entry, attribute))
-        for entry in path
-        for attribute in ("key", "name", "idx")
-        if hasattr(entry, attribute)
-    )
-    return names[:-1] if names[-1:] == ("value",) else names
+def _inexact(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
-def _array(leaf: Any) -> jax.Array:
-    """The array in an NNX variable, also one that was restored as a dict."""
-    return jnp.asarray(leaf["value"] if isinstance(leaf, Mapping) else leaf)
-
-
-def _name(path: Path) -> str:
-    return "params" + "".join(f"[{part!r}]" for part in path)
+def _scalar(field: Any) -> Any:
+    """The number in a field, also in an NNX variable or in what is restored of one."""
+    (leaf,) = jax.tree.leaves(field)
+    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
 
 
 def _is_masked(node: Any) -> bool:
