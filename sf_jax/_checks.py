@@ -112,12 +112,20 @@ def starts_above_zero(name: str, schedule: Any) -> None:
 
 def inexact_leaves(params: Any) -> None:
     for path, leaf in jax.tree.leaves_with_path(params):
-        dtype = jnp.result_type(leaf)
+        try:
+            dtype = jnp.result_type(leaf)
+        except TypeError:
+            raise ValueError(
+                f"params{jax.tree_util.keystr(path)} is {leaf!r}, which is no array. "
+                "Leave such leaves out: of an Equinox model take "
+                "eqx.filter(model, eqx.is_inexact_array)."
+            ) from None
         if not jnp.issubdtype(dtype, jnp.inexact):
             raise ValueError(
                 f"params{jax.tree_util.keystr(path)} has dtype {dtype}, which cannot "
                 "be averaged. Leave such leaves out with optax.masked or "
-                "optax.partition."
+                "optax.partition, and with eqx.filter(model, eqx.is_inexact_array) of "
+                "an Equinox model."
             )
 
 

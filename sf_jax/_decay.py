@@ -1,4 +1,4 @@
-"""Decoupled weight decay, taken at y, z or x."""
+"""Decoupled weight decay, at y, z or x, and the masks that say of which leaves."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +13,25 @@ Mask = Any | Callable[[optax.Params], Any]
 """Which leaves decay: a prefix tree of bools, or a function of params giving one."""
 
 
+def is_function(tree_or_function: Any) -> bool:
+    """Whether this is to be called for a tree, and is not itself one.
+
+    A tree may be callable as a whole, as Equinox modules are; what it holds is not.
+    """
+    return callable(tree_or_function) and all(
+        map(callable, jax.tree.leaves(tree_or_function))
+    )
+
+
+def decaying(mask: Mask | None, params: optax.Params) -> Any:
+    """A bool for each leaf of params, which are the parameters as the user has them."""
+    if mask is None:
+        mask = True
+    elif is_function(mask):
+        mask = mask(params)
+    return jax.tree.broadcast(mask, params)
+
+
 def add_decay(
     direction: optax.Updates,
     iterates: Iterates,
@@ -23,13 +42,10 @@ def add_decay(
     """``direction + λ p``, where p is y, z or x before the step."""
     if weight_decay is None or (_checks.is_number(weight_decay) and weight_decay == 0):
         return direction
-    at = iterates.at(decay_at)
-    if mask is None:
-        mask = True
-    elif callable(mask):
-        mask = mask(at)
 
     def decay(d: jax.Array, p: jax.Array, decays: bool) -> jax.Array:
         return d + like(weight_decay, d) * widen(p) if decays else d
 
-    return jax.tree.map(decay, direction, at, jax.tree.broadcast(mask, direction))
+    return jax.tree.map(
+        decay, direction, iterates.at(decay_at), decaying(mask, iterates.params)
+    )

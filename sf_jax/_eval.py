@@ -12,6 +12,7 @@ buffers of params and state.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -299,7 +300,9 @@ def _check_whole(state: ScheduleFreeState) -> None:
         value = _scalar(getattr(state, name))
         if isinstance(value, jax.core.Tracer):
             continue
-        if not np.isfinite(value).all() or (name != "weight_ratio_lo" and value.min() < 0):
+        if not np.isfinite(value).all() or (
+            name != "weight_ratio_lo" and value.min() < 0
+        ):
             raise _damaged(f"has {name} = {value}")
     z, x = _paths.leaves(state.z), _paths.leaves(state.x)
     beside = _nodes(state.x)
@@ -313,8 +316,8 @@ def _check_whole(state: ScheduleFreeState) -> None:
                 f"has x of shape {jnp.shape(x[path])} and z of {jnp.shape(leaf)} for "
                 f"{show(path)}"
             )
-    if lost := [path for path in x if path not in z]:
-        raise _damaged(f"lacks z of {show(lost[0])}, of which it has x")
+    if alone := [path for path in x if path not in z]:
+        raise _damaged(f"lacks z of {show(alone[0])}, of which it has x")
     b1 = _scalar(state.b1)
     if not isinstance(b1, jax.core.Tracer):
         lean = x.keys() != z.keys()
@@ -387,8 +390,8 @@ def _stored_x(found: Sequence[_Found]) -> Any:
     # Leaves of other owners are empty nodes in this z.
     is_leaf = _is_empty if found[0].plain else _is_masked
     structure = jax.tree.structure(found[0].state.z, is_leaf=is_leaf)
-    return structure.unflatten(
-        map(x_of, _paths.paths(found[0].state.z, is_leaf=is_leaf))
+    return jax.tree.unflatten(
+        structure, map(x_of, _paths.paths(found[0].state.z, is_leaf=is_leaf))
     )
 
 
@@ -406,8 +409,9 @@ def _match(
     found: Sequence[_Found], params: Any
 ) -> tuple[list[_Match], Callable[[list[Any]], Any]]:
     """Each leaf of params with its owner, and how new leaves become params again."""
+    where = _paths.paths(params)  # first, since it refuses what cannot be walked
     flat, structure = jax.tree.flatten(params)
-    where, rebuild = _paths.paths(params), structure.unflatten
+    rebuild: Callable[[list[Any]], Any] = partial(jax.tree.unflatten, structure)
     if where != [ROOT] and any(ROOT in _paths.paths(one.state.z) for one in found):
         # One vector owns the whole tree: optax.flatten made it.
         vector, unravel = ravel_pytree(params)
@@ -424,8 +428,8 @@ def _match(
                     "Pass the params that this state was made from."
                 )
             _take_in(owned, pairs[path], leaf)
-    if all(one.plain for one in found):
-        _check_all_known(found, where)
+        if one.plain:
+            _check_none_lost(one.state, where)
     for path, param in zip(where, flat, strict=True):
         if path in owned:
             _check_fit(path, owned[path], param)
@@ -454,12 +458,11 @@ def _check_fit(path: Path, leaf: _Owned, param: Any) -> None:
         )
 
 
-def _check_all_known(found: Sequence[_Found], where: Sequence[Path]) -> None:
-    """A leaf that nothing owns left an empty node in each state; a lost one did not."""
-    known = {_paths.in_words(p) for one in found for p in _nodes(one.state.z)}
+def _check_none_lost(state: ScheduleFreeState, where: Sequence[Path]) -> None:
+    """A leaf that this state does not own left an empty node; a lost one did not."""
+    known = set(map(_paths.in_words, _nodes(state.z)))
     for path in where:
-        words = _paths.in_words(path)
-        if not _is_within((*words, "value"), known):
+        if not _is_within((*_paths.in_words(path), "value"), known):
             raise _damaged(
                 f"has no z for {show(path)}, nor a sign that it had none. Leave that "
                 "leaf out of params if it was not the optimizer's"

@@ -27,7 +27,7 @@ import optax
 
 from sf_jax import _averaging, _checks
 from sf_jax._adamw import schedule_free_adamw
-from sf_jax._decay import Mask
+from sf_jax._decay import Mask, decaying
 from sf_jax._schedule_free import ScheduleFreeState, is_lean, like, per_leaf, widen
 
 
@@ -151,9 +151,7 @@ def _shrunk(
     mask: Mask | None,
 ) -> tuple[ScheduleFreeState, optax.Params]:
     """z or y made smaller, with the other as it is and x what the two imply."""
-    decays = jax.tree.broadcast(
-        True if mask is None else mask(params) if callable(mask) else mask, params
-    )
+    decays = decaying(mask, params)
 
     def smaller(leaf: jax.Array, decay: bool) -> jax.Array:
         wide = widen(leaf)

@@ -27,6 +27,7 @@ import optax
 
 from sf_jax import _averaging, _checks
 from sf_jax._adamw import positive_eps
+from sf_jax._decay import is_function
 from sf_jax._moments import with_moment_dtype
 from sf_jax._normuon import normuon
 from sf_jax._schedule_free import schedule_free
@@ -204,6 +205,10 @@ def schedule_free_muon(
         return step_size(count).hi
 
     least = positive_eps(eps)
+    numbers = muon_options.get("muon_weight_dimension_numbers")
+    if callable(numbers) and not is_function(numbers):
+        # optax would call a tree that is callable as a whole.
+        muon_options["muon_weight_dimension_numbers"] = lambda params: numbers
     if row_b2 is None:
         muon = optax.contrib.muon(
             lr,

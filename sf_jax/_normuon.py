@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sf_jax._decay import is_function
+
 
 class RowState(NamedTuple):
     """The second moments of NorMuon."""
@@ -122,7 +124,7 @@ def _dimension_numbers(given: Any, params: optax.Params) -> Any:
         return jax.tree.map(lambda p: matrix if p.ndim == 2 else None, params)
     return jax.tree.map(
         lambda numbers, leaves: jax.tree.map(lambda _: numbers, leaves),
-        given(params) if callable(given) else given,
+        given(params) if is_function(given) else given,
         params,
         is_leaf=_is_numbers,
     )

@@ -9,7 +9,6 @@ What a checkpoint library gives back as plain dicts and lists has lost the kinds
 keys, and boxes in it are dicts. Such leaves are matched by *name*, the path in words.
 """
 
-import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -41,11 +40,11 @@ def paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[Path]
         found[path] = name
 
     def stop(node: Any) -> bool:
-        return _is_box(type(node)) or (is_leaf is not None and is_leaf(node))
+        return _is_box(node) or (is_leaf is not None and is_leaf(node))
 
     for entries, node in jax.tree.leaves_with_path(tree, is_leaf=stop):
         path = tuple(map(_key, entries))
-        if not _is_box(type(node)):
+        if not _is_box(node):
             add(path, jax.tree_util.keystr(entries))
             continue
         for inner, _ in jax.tree.leaves_with_path(node, is_leaf=is_leaf):
@@ -57,7 +56,7 @@ def paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[Path]
 def map_leaves(fn: Callable[[Path, Any], Any], tree: Any) -> Any:
     """``fn(path, leaf)`` for each leaf, in the tree's structure."""
     flat, structure = jax.tree.flatten(tree)
-    return structure.unflatten(map(fn, paths(tree), flat))
+    return jax.tree.unflatten(structure, map(fn, paths(tree), flat))
 
 
 def leaves(tree: Any) -> dict[Path, Any]:
@@ -132,9 +131,8 @@ def _key(entry: Any) -> Any:
     return entry
 
 
-@functools.cache
-def _is_box(kind: type) -> bool:
+def _is_box(node: Any) -> bool:
     return any(
-        base.__name__ in _BOXES and base.__module__.split(".")[0] == "flax"
-        for base in kind.__mro__
+        kind.__name__ in _BOXES and kind.__module__.split(".")[0] == "flax"
+        for kind in type(node).__mro__
     )

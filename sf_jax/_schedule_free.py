@@ -74,6 +74,7 @@ class Iterates:
     z: optax.Params
     stored_x: optax.Params  # like z; optax.MaskedNode for a leaf that is recovered
     b1: jax.Array
+    params: optax.Params  # y in the parameters' own dtype
 
     @property
     def x(self) -> optax.Params:
@@ -195,7 +196,7 @@ def rule(
             params,
             stored_x,
         )
-        iterates = Iterates(y, state.z, stored_x, state.b1)
+        iterates = Iterates(y, state.z, stored_x, state.b1, params)
 
         lr, step_size_state = step_size.update(
             state.step_size_state, state.count, grads, iterates, extra_args
@@ -335,7 +336,10 @@ def schedule_free(
     Returns:
       An optax transformation. Its updates have the params' structure and dtypes and
       move them from y to the next y; its state is a :class:`ScheduleFreeState`.
-      ``update`` needs ``params`` and hands further keyword arguments to the base.
+      ``update`` needs ``params`` and hands further keyword arguments to the base. Put
+      it last in ``optax.chain``: what comes after it moves y without z knowing (see
+      :func:`~sf_jax.check_params`). Frozen parameters are another part of an
+      ``optax.partition``.
 
     Raises:
       ValueError: b1 outside [0, 1], a negative learning rate, a state_dtype that is

@@ -11,8 +11,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
+
+from sf_jax import _paths
+from sf_jax._paths import Path, in_words, show
 
 NAME_THEM = (
     "Name the leaves with rows of torch_checkpoint.Leaf: "
@@ -89,28 +91,32 @@ class Leaf:
         return ", ".join([f"{self.torch} -> {self.jax}", *options])
 
 
-def leaf_path(path: Sequence[Any]) -> str:
-    """A path as it stands in :attr:`Leaf.jax`.
+def leaf_name(path: Path) -> str:
+    """A path as it stands in :attr:`Leaf.jax`."""
+    return "/".join(in_words(path))
 
-    NNX's variables and Linen's boxed parameters add a last ``.value``, which is no
-    part of the name.
+
+def leaves_of(tree: Any) -> dict[str, Any]:
+    """The leaves by name.
+
+    Raises:
+      ValueError: two leaves of one name, as of the keys 0 and "0".
     """
-    if path and isinstance(path[-1], jax.tree_util.GetAttrKey):
-        path = path[:-1] if path[-1].name == "value" else path
-    return "/".join(
-        str(getattr(entry, attribute))
-        for entry in path
-        for attribute in ("key", "name", "idx")
-        if hasattr(entry, attribute)
-    )
+    found: dict[str, tuple[Path, Any]] = {}
+    for path, leaf in _paths.leaves(tree).items():
+        name = leaf_name(path)
+        if name in found:
+            raise ValueError(
+                f"the leaves {show(found[name][0])} and {show(path)} have one name, "
+                f"{name}, so rows cannot tell them apart. Rename one of their keys."
+            )
+        found[name] = path, leaf
+    return {name: leaf for name, (_, leaf) in found.items()}
 
 
 def shapes_of(tree: Any) -> dict[str, Shape]:
-    """The leaves' shapes by path."""
-    return {
-        leaf_path(path): tuple(leaf.shape)
-        for path, leaf in jax.tree.leaves_with_path(tree)
-    }
+    """The leaves' shapes by name."""
+    return {name: tuple(leaf.shape) for name, leaf in leaves_of(tree).items()}
 
 
 def torch_shapes(model: Mapping[str, Any]) -> dict[str, Shape]:

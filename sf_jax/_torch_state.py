@@ -17,6 +17,7 @@ from sf_jax._torch_names import first_names
 # Whatever a state keeps beside the moments: the iterates (y is also the parameter's
 # own value) and torch's count of steps, which is the group's k.
 IMPLIED = {"x", "y", "z", "step"}
+_ROUNDINGS = 4  # between an x or a y that was saved and the same worked out here
 _BUFFERS = {"running_mean", "running_var", "num_batches_tracked"}
 _CAST = {  # NumPy's name of a dtype, and the method of a tensor that casts to it
     "bfloat16": "bfloat16",
@@ -103,8 +104,9 @@ class Parameter:
     def y(self, b1: float) -> np.ndarray:
         if not self.at_x or "z" not in self.state:
             return self.param
-        x, z = wide(self.state.get("x", self.param)), wide(self.state["z"])
-        return x + (1 - b1) * (z - x)
+        formed = form_y(self.state.get("x", self.param), self.state["z"], b1)
+        kept = self.state.get("y")  # exact, unless it is left over from another step
+        return formed if kept is None or not near(kept, formed, self.param) else kept
 
     def get(self, key: str, b1: float) -> np.ndarray | None:
         """State by PyTorch's key; None where it is missing and cannot be made."""
@@ -116,6 +118,48 @@ class Parameter:
             y, z = wide(self.param), wide(self.state["z"])
             return self.param if self.at_x else y + (1 - b1) / b1 * (y - z)
         return None
+
+
+def form_y(x: Any, z: Any, b1: float) -> np.ndarray:
+    """``y = x + (1 - β) (z - x)``, in double precision."""
+    x, z = wide(np.asarray(x)), wide(np.asarray(z))
+    return x + (1 - b1) * (z - x)
+
+
+def near(a: Any, b: Any, param: Any) -> bool:
+    """Whether two arrays are one but for rounding to the dtype of param."""
+    a, b = wide(np.asarray(a)), wide(np.asarray(b))
+    if a.shape != b.shape:
+        return False
+    size = max(np.abs(array).max(initial=0) for array in (a, b))
+    eps = float(ml_dtypes.finfo(np.asarray(param).dtype).eps)
+    return bool((np.abs(a - b) <= _ROUNDINGS * eps * size).all())
+
+
+def what_it_holds(
+    param: np.ndarray, state: Mapping[str, np.ndarray], b1: float | None
+) -> str | None:
+    """Which of x and y param is by its state: "x", "y", "" for neither, None: unknown.
+
+    A file may join a model at x with an optimizer in train mode, or the other way
+    round: modes say what the optimizer last did, and not what the model was saved as.
+    """
+    x, y, z = (state.get(key) for key in ("x", "y", "z"))
+    known = [array for array in (x, y, z) if array is not None]
+    if z is None or len(known) < 2 or any(a.shape != param.shape for a in known):
+        return None
+    is_x = x is not None and np.array_equal(param, x.astype(param.dtype))
+    is_y = y is not None and np.array_equal(param, y.astype(param.dtype))
+    if b1 is not None and x is not None:
+        is_y = is_y or near(param, form_y(x, z, b1), param)
+    elif b1 is not None:
+        is_x = near(form_y(param, z, b1), y, param)
+    if is_x and is_y:  # as after one step
+        return None
+    if is_x or is_y:
+        return "x" if is_x else "y"
+    # A y that is left over from another step shows nothing; a stored x is this step's.
+    return "" if b1 is not None and x is not None else None
 
 
 def read_parameters(
@@ -132,11 +176,11 @@ def read_parameters(
             "of the sequences the model's parameters are."
         )
     order = name_order(model, optimizer, param_names, problems)
-    parameters = {}
+    parameters, unknown = {}, False
     for group in optimizer["param_groups"]:
-        scalars, holds = Scalars.of(group), model_holds
-        if holds is None and "train_mode" in group:
-            holds = "y" if group["train_mode"] else "x"
+        scalars, by_mode = Scalars.of(group), None
+        if "train_mode" in group:
+            by_mode = "y" if group["train_mode"] else "x"
         for index in group["params"]:
             if (name := order.get(index)) is None:
                 continue
@@ -153,12 +197,25 @@ def read_parameters(
                 for key, value in state.items()
                 if key != "step" and value.shape != param.shape
             ]
+            shown = what_it_holds(param, state, scalars.b1)
+            if shown == "" and model_holds is None:
+                problems.append(
+                    f"different: {name} is neither x nor y of the optimizer's state, "
+                    "so that the two are of different moments"
+                )
+            if shown and model_holds not in (None, shown):
+                problems.append(
+                    f"different: {name} is {shown} by the optimizer's state, and "
+                    f"model_holds={model_holds!r}"
+                )
+            holds = model_holds or shown or by_mode
+            unknown |= holds is None and "z" in state
             parameters[name] = Parameter(name, scalars, param, holds == "x", state)
-        if holds is None and any("z" in p.state for p in parameters.values()):
-            problems.append(
-                "the state dict does not say whether the parameters are y or x: pass "
-                "model_holds="
-            )
+    if unknown:
+        problems.append(
+            "the state dict does not say whether the parameters are y or x: pass "
+            "model_holds="
+        )
     started = any(optimizer["state"].values())
     if started and not any("z" in p.state for p in parameters.values()):
         problems.append("no z in the optimizer's state: it is no Schedule-Free one")

@@ -20,7 +20,7 @@ and b, from one pass over the model as it is.
 """
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sf_jax._eval import eval_params
+from sf_jax._eval import eval_params, own
 
 __all__ = ["eval_model", "eval_variables"]
 
@@ -48,13 +48,15 @@ def eval_variables(
       state: a train state: ``params``, ``opt_state``, and with BatchNorm also
         ``batch_stats`` and ``apply_fn``, as in Flax's guide. It is left alone.
       batches: what BatchNorm's statistics are taken over, an iterable of inputs of
-        the model, or one array with the batches along its first axis, which suits
-        ``jit`` (an iterable is unrolled there). None keeps the statistics of y.
+        the model, or of tuples and lists that begin with one (a dict is an input), or
+        one array with the batches along its first axis, which suits ``jit`` (an
+        iterable is unrolled there). None keeps the statistics of y.
       kwargs: what your training step gives to ``apply_fn`` besides ``mutable``, such
         as ``train=True`` or ``rngs={"dropout": key}``.
 
     Returns:
-      ``{"params": x}``, with ``"batch_stats"`` where the state has them.
+      ``{"params": x}``, with ``"batch_stats"`` where the state has them. All of it
+      stays when the state is donated to the next step.
 
     Raises:
       ValueError: batches without statistics, no batches in the iterable, a model
@@ -89,7 +91,7 @@ def eval_variables(
             _update_linen, state.apply_fn, variables["params"], stats, batches, kwargs
         )
     if stats is not None:
-        variables["batch_stats"] = stats
+        variables["batch_stats"] = jax.tree.map(own, stats)
     return variables
 
 
@@ -104,17 +106,20 @@ def eval_model(
     Args:
       optimizer: of the model; its transformation is one of this package, alone or
         under optax's combinators.
-      model: holds y, and is left alone. What the optimizer does not move is shared
-        with the new model (arrays cannot change).
+      model: holds y, and is left alone.
       batches: what BatchNorm's statistics are taken over, an iterable of inputs of
-        the model, or one array with the batches along its first axis, which suits
-        ``nnx.jit`` (an iterable is unrolled there). None keeps the statistics of y.
-      kwargs: what else the model is called with in training.
+        the model, or of tuples and lists that begin with one (a dict is an input), or
+        one array with the batches along its first axis, which suits ``nnx.jit`` (an
+        iterable is unrolled there). None keeps the statistics of y.
+      kwargs: what else the model is called with in training. ``nnx.Rngs`` among it do
+        not advance.
 
     Returns:
-      The model at x, after ``.eval()``: no dropout, running statistics in use.
+      The model at x, after ``.eval()``: no dropout, running statistics in use. It
+      shares no memory with the old one, whose buffers may be donated.
 
     Raises:
+      TypeError: something else in place of the optimizer, or of the model.
       ValueError: batches for a model without ``nnx.BatchStat``, no batches in the
         iterable, a model that left its statistics as they were, or as
         :func:`~sf_jax.eval_params`.
@@ -131,8 +136,15 @@ def eval_model(
       >>> at_x(jnp.ones((1, 2))).shape
       (1, 1)
     """
-    at_x = nnx.clone(model)
-    nnx.update(at_x, eval_params(optimizer.opt_state, nnx.state(model, optimizer.wrt)))
+    if not isinstance(optimizer, nnx.Optimizer) or not isinstance(model, nnx.Module):
+        raise TypeError(
+            "eval_model takes an nnx.Optimizer and its nnx.Module, in this order, got "
+            f"{type(optimizer).__name__} and {type(model).__name__}. Call "
+            "eval_model(optimizer, model)."
+        )
+    graph, y, rest = nnx.split(model, optimizer.wrt, ...)  # type: ignore[misc]
+    x = eval_params(optimizer.opt_state, y)
+    at_x = nnx.merge(graph, x, jax.tree.map(own, rest))
     if batches is not None:
         at_x.train()
         graph, stats, rest = nnx.split(at_x, nnx.BatchStat, ...)  # type: ignore[misc]
@@ -170,9 +182,10 @@ def _mean_statistics(
 ) -> Any:
     """The mean of the batches' own statistics; the model runs jitted."""
     # Flags are known when the model is traced; arrays, such as random keys, are not.
-    flags = {name: v for name, v in kwargs.items() if not _holds_arrays(v)}
-    others = {name: v for name, v in kwargs.items() if name not in flags}
-    static = (update, definition, tuple(flags.items()))
+    leaves, structure = jax.tree.flatten(kwargs)
+    flags = tuple(None if hasattr(v, "ndim") else _Flag(v) for v in leaves)
+    others = [v for v, flag in zip(leaves, flags, strict=True) if flag is None]
+    static = (update, definition, structure, flags)
 
     total, count = jax.tree.map(jnp.zeros_like, stats), 0
     if isinstance(batches, (jax.Array, np.ndarray)):
@@ -181,6 +194,8 @@ def _mean_statistics(
     else:
         for batch in batches:
             count += 1
+            if isinstance(batch, (tuple, list)) and batch:
+                batch = batch[0]
             total = _add(static, arrays, others, total, batch)
     if not count:
         raise ValueError(
@@ -200,10 +215,23 @@ def _add_all(static: Any, arrays: Any, others: Any, total: Any, batches: Any) ->
 
 @partial(jax.jit, static_argnums=0)
 def _add(static: Any, arrays: Any, others: Any, total: Any, batch: Any) -> Any:
-    update, definition, flags = static
+    update, definition, structure, flags = static
 
     def of_stats(stats: Any) -> Any:
-        after = update(definition, arrays, stats, batch, **dict(flags), **others)
+        # Made here: variables may only change in the trace that made them.
+        rest = iter(others)
+        leaves = [next(rest) if flag is None else flag.value for flag in flags]
+        kwargs = structure.unflatten(leaves)
+        try:
+            after = update(definition, arrays, stats, batch, **kwargs)
+        except Exception as error:
+            if isinstance(batch, Mapping):
+                error.add_note(
+                    f"The batch is a dict of {', '.join(map(repr, batch))}, which the "
+                    "model got as its input. If it takes one of them, pass that: "
+                    "(batch[name] for batch in loader)."
+                )
+            raise
         if any(map(operator.is_, jax.tree.leaves(after), jax.tree.leaves(stats))):
             raise ValueError(
                 "the model left its batch statistics as they were. Pass what puts it "
@@ -227,5 +255,21 @@ def _plus_own(total: jax.Array, after: jax.Array) -> jax.Array:
     return total + jnp.where((share > 0) & (share <= 1), at_zero / share, jnp.nan)
 
 
-def _holds_arrays(value: Any) -> bool:
-    return any(hasattr(leaf, "ndim") for leaf in jax.tree.leaves(value))
+class _Flag:
+    """A value that is part of what is compiled; by its identity if it has no hash."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def _id(self) -> Any:
+        try:
+            hash(self.value)
+        except TypeError:
+            return id(self.value)
+        return type(self.value), self.value
+
+    def __hash__(self) -> int:
+        return hash(self._id())
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, _Flag) and self._id() == other._id()

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sf_jax._double import scalar_dtype
+from sf_jax._paths import Path, leaves, map_leaves
 from sf_jax._schedule_free import ScheduleFreeState
 from sf_jax._torch_names import (
     NAME_THEM,
@@ -38,7 +39,8 @@ from sf_jax._torch_names import (
     check_names,
     first_names,
     guess_names,
-    leaf_path,
+    leaf_name,
+    leaves_of,
     raise_all,
     shapes_of,
     torch_shapes,
@@ -52,6 +54,7 @@ from sf_jax._torch_state import (
     read_parameters,
     to_numpy,
     to_tensor,
+    what_it_holds,
     wide,
 )
 
@@ -103,8 +106,9 @@ def from_torch(
         after group. By default those that the optimizer was given, else, with one
         group, ``model.named_parameters()``'s order.
       model_holds: "y" or "x", what the model's parameters are. By default what the
-        optimizer's mode says; Meta's wrapper does not save it, and the file of
-        ``sf_torch.save_checkpoint`` holds x in either mode.
+        optimizer's state shows where it holds x or y too, as in the file of
+        ``sf_torch.save_checkpoint``, whose model is at x in either mode; else what the
+        optimizer's mode says. Meta's wrapper saves neither.
 
     Returns:
       A :class:`JaxRun`. A parameter that has had no gradient yet arrives with
@@ -112,8 +116,8 @@ def from_torch(
 
     Raises:
       ValueError: leaves that are missing, left over, ambiguous or misshapen, moments
-        without a place, groups that one state cannot hold, another β: all of it in
-        one message.
+        without a place, groups that one state cannot hold, another β, parameters that
+        are neither x nor y of their state: all of it in one message.
 
     Examples:
       >>> import numpy as np, jax.numpy as jnp, sf_jax
@@ -160,18 +164,18 @@ def from_torch(
             return _as(row_of[path].to_jax(value, shapes[path]), like)
 
         def fill(key: str, tree: Any) -> Any:
-            return jax.tree.map_with_path(
-                lambda path, like: fill_leaf(key, leaf_path(path), like), tree
+            return map_leaves(
+                lambda path, like: fill_leaf(key, leaf_name(path), like), tree
             )
 
-        def fill_base(path: Sequence[Any], like: Any) -> Any:
+        def fill_base(path: Path, like: Any) -> Any:
             field, leaf = _field(path, shapes)
             if field == "count":
                 return _as(k, like)
             if field in _MOMENTS:
                 return fill_leaf(_MOMENTS[field], leaf, like)
             if field is None:
-                problems.append(f"missing: what becomes {leaf_path(path)} in the base")
+                problems.append(f"missing: what becomes {leaf_name(path)} in the base")
             return like
 
         y_of.update({path: p.y(b1) for path, p in owned.items()})
@@ -186,14 +190,14 @@ def from_torch(
             lr_max=_as(lr_max, state.lr_max),
             z=fill("z", state.z),
             x=fill("x", state.x),
-            base_state=jax.tree.map_with_path(fill_base, state.base_state),
+            base_state=map_leaves(fill_base, state.base_state),
         )
 
-    def fill_model(path: Sequence[Any], like: Any) -> Any:
-        row = row_of[leaf_path(path)]
+    def fill_model(path: Path, like: Any) -> Any:
+        row = row_of[leaf_name(path)]
         if row.torch is None:
             return like
-        value = y_of.get(leaf_path(path))
+        value = y_of.get(leaf_name(path))
         value = to_numpy(model[row.torch]) if value is None else value
         return _as(row.to_jax(value, tuple(like.shape)), like)
 
@@ -206,9 +210,9 @@ def from_torch(
     ]
     raise_all(problems, BUILD_ALIKE)
     return JaxRun(
-        params=jax.tree.map_with_path(fill_model, params),
+        params=map_leaves(fill_model, params),
         opt_state=opt_state,
-        batch_stats=jax.tree.map_with_path(fill_model, batch_stats),
+        batch_stats=map_leaves(fill_model, batch_stats),
     )
 
 
@@ -226,7 +230,7 @@ def to_torch(
     """A JAX run as PyTorch ``state_dict``s: the way back from :func:`from_torch`.
 
     Args:
-      params: y, as trained.
+      params: y, as trained. Where the state stores x, anything else is refused.
       opt_state: the optimizer state, with Schedule-Free anywhere inside.
       model: ``model.state_dict()`` of the PyTorch model, for its names, shapes, dtypes
         and devices.
@@ -265,11 +269,7 @@ def to_torch(
     problems: list[str] = []
     order = name_order(model, optimizer, param_names, problems)
     states = _states_by_leaf(opt_state, problems)
-    values = {
-        leaf_path(path): leaf
-        for tree in (params, batch_stats)
-        for path, leaf in jax.tree.leaves_with_path(tree)
-    }
+    values = leaves_of(params) | leaves_of(batch_stats)
     groups, state, moved = [], {}, set()
     for group in optimizer["param_groups"]:
         at_x = (model_holds or ("y" if "train_mode" in group else "x")) == "x"
@@ -292,9 +292,19 @@ def to_torch(
                 )
                 for key, array in arrays.items()
             }
+            y, b1 = values[row.jax], _b1(owner, Scalars.of(group), problems)
+            if what_it_holds(np.asarray(y), _numpy(arrays), b1) in ("x", ""):
+                problems.append(
+                    f"different: {row.jax} in params is not the y of its state; pass "
+                    "the live parameters, not x"
+                )
             if at_x:
-                b1 = _b1(owner, Scalars.of(group), problems)
-                values[row.jax] = _x(values[row.jax], arrays, b1)
+                values[row.jax] = _x(y, arrays, b1)
+                if "b1" in group and "x" not in arrays:
+                    # sf_torch keeps y meanwhile: made anew it is a rounding off.
+                    state[index]["y"] = to_tensor(
+                        row.to_torch(np.asarray(y), like.shape), like
+                    )
         scalars = [_group_scalars(owner, group, problems) for owner in owners.values()]
         if any(other != scalars[0] for other in scalars):
             problems.append(f"one PyTorch group for states that differ: {scalars}")
@@ -359,14 +369,14 @@ def _states_by_leaf(
         _refuse_step_size_state(state)
         arrays: dict[str, dict[str, Any]] = {path: {} for path in shapes_of(state.z)}
         for key, tree in (("z", state.z), ("x", state.x)):
-            for path, leaf in jax.tree.leaves_with_path(tree):
-                arrays[leaf_path(path)][key] = leaf
-        for path, leaf in jax.tree.leaves_with_path(state.base_state):
+            for name, leaf in leaves_of(tree).items():
+                arrays[name][key] = leaf
+        for path, leaf in leaves(state.base_state).items():
             field, name = _field(path, arrays)
             if field in _MOMENTS:
                 arrays[name][_MOMENTS[field]] = leaf
             elif field is None:
-                problems.append(f"left over: {leaf_path(path)} in the base")
+                problems.append(f"left over: {leaf_name(path)} in the base")
         found.update({path: (state, arrays[path]) for path in arrays})
         return state
 
@@ -396,15 +406,17 @@ def _map_states(
     return mapped
 
 
-def _field(path: Sequence[Any], leaves: Mapping[str, Any]) -> tuple[str | None, str]:
-    """Which field of a base optimizer's state a leaf lies in, and which leaf it is."""
-    fields = [getattr(entry, "name", None) for entry in path]
-    if "hyperparams" in fields:
-        return "hyperparams", ""
-    for at, field in enumerate(fields):
-        if field in _MOMENTS and (leaf := leaf_path(path[at + 1 :])) in leaves:
-            return field, leaf
-    return ("count" if "count" in fields else None), ""
+def _field(path: Path, names: Mapping[str, Any]) -> tuple[str | None, str]:
+    """Which field of a base optimizer's state a leaf lies in, and which leaf it is.
+
+    A leaf may be called as a field is: fields come first, and what follows is a name.
+    """
+    for at, field in enumerate(path):
+        if field == "hyperparams":
+            return field, ""
+        if field in _MOMENTS and (name := leaf_name(path[at + 1 :])) in names:
+            return field, name
+    return ("count" if "count" in path else None), ""
 
 
 def _b1(state: ScheduleFreeState, scalars: Scalars, problems: list[str]) -> float:
@@ -425,6 +437,10 @@ def _x(y: Any, arrays: Mapping[str, Any], b1: float) -> np.ndarray:
         return np.asarray(arrays["x"])
     y, z = wide(np.asarray(y)), wide(np.asarray(arrays["z"]))
     return y + (1 - b1) / b1 * (y - z)
+
+
+def _numpy(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {key: np.asarray(array) for key, array in arrays.items()}
 
 
 def _group_scalars(
