@@ -188,10 +188,14 @@ def schedule_free_muon(
     _checks.weight_decay(weight_decay)
     _checks.floating_dtype("moment_dtype", moment_dtype)
     step_size = _averaging.scheduled(learning_rate, warmup_steps)
+    numbers = muon_weight_dimension_numbers
+    if callable(numbers) and not is_function(numbers):
+        # optax would call a tree that is callable as a whole.
+        numbers = _always(numbers)
     options = {
         "nesterov": nesterov,
         "consistent_rms": consistent_rms,
-        "muon_weight_dimension_numbers": muon_weight_dimension_numbers,
+        "muon_weight_dimension_numbers": numbers,
         "adam_learning_rate": adam_learning_rate,
         "weight_decay_mask": weight_decay_mask,
         "ns_coeffs": ns_coeffs,
@@ -205,10 +209,6 @@ def schedule_free_muon(
         return step_size(count).hi
 
     least = positive_eps(eps)
-    numbers = muon_options.get("muon_weight_dimension_numbers")
-    if callable(numbers) and not is_function(numbers):
-        # optax would call a tree that is callable as a whole.
-        muon_options["muon_weight_dimension_numbers"] = lambda params: numbers
     if row_b2 is None:
         muon = optax.contrib.muon(
             lr,
@@ -233,3 +233,7 @@ def schedule_free_muon(
         decay_at=decay_at,
         store_x=store_x,
     )
+
+
+def _always(tree: Any) -> Callable[[Any], Any]:
+    return lambda params: tree
