@@ -441,7 +441,8 @@ def leaf_dtype(
     """
     own = jnp.result_type(leaf)
     if dtype is None:
-        return jnp.promote_types(own, jnp.float32)
+        # Not by promotion, which float8 and strict modes have none of.
+        return own if jnp.finfo(own).bits >= 32 else jnp.dtype(jnp.float32)
     real = jnp.finfo(dtype).dtype
     is_complex = jnp.issubdtype(own, jnp.complexfloating)
     return jnp.promote_types(real, jnp.complex64) if is_complex else real

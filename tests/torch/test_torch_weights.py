@@ -30,7 +30,9 @@ def ckp1s(lrs, r, power, form=float):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=["number", "tensor"])
-@pytest.mark.parametrize("r, power", [(0, 2), (0.5, 0), (10, 2), (100, 20), (0, 40)])
+@pytest.mark.parametrize(
+    ("r", "power"), [(0, 2), (0.5, 0), (10, 2), (100, 20), (0, 40)]
+)
 @pytest.mark.parametrize("lr", [1e-30, 0.0025, 1e30])
 def test_ckp1_does_not_depend_on_the_size_of_weights(lr, r, power, form):
     """Through both ends: 2^500 is passed at step 32 with r = 100."""
