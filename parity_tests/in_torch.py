@@ -12,8 +12,8 @@ import torch
 
 from parity_tests.case import Case
 from parity_tests.trajectory import Trajectory
-from sf_torch import _leaves
-from sf_torch._fused import works_on
+from sf_torch._step import batches, eager
+from sf_torch._step.fused import works_on
 
 Params = dict[str, torch.nn.Parameter]
 Leaves = dict[str, np.ndarray]
@@ -63,7 +63,10 @@ def _one_thread() -> Iterator[None]:
 
 
 def _small_blocks() -> contextlib.AbstractContextManager[Any]:
-    return mock.patch.multiple(_leaves, BLOCK=16, FOR_ONE_THREAD=0)
+    patches = contextlib.ExitStack()
+    patches.enter_context(mock.patch.object(batches, "BLOCK", 16))
+    patches.enter_context(mock.patch.object(eager, "FOR_ONE_THREAD", 0))
+    return patches
 
 
 def parameters(case: Case, device: str = "cpu") -> Params:

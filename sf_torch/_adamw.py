@@ -15,9 +15,9 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from sf_torch import _checks
-from sf_torch._averaging import Group, one_minus_power, where
+from sf_torch._step.schedule import Group, adam, one_minus_power, where
 from sf_torch._forms import Closure, Reference
-from sf_torch._kernels import BaseStep
+from sf_torch._step.numbers import Numbers
 from sf_torch._optimizer import ScheduleFree, bookkeeping
 
 
@@ -126,18 +126,18 @@ class AdamWScheduleFree(ScheduleFree):
         """Decay rate of the first moment in the numerator; 0 for no such moment."""
         return group["inner_momentum"]
 
-    def _base_step(self, group: Group, lr: float, k: Any) -> BaseStep:
-        b, b2 = self._inner_momentum(group), group["betas"][1]
-        return BaseStep(
+    def _base_numbers(
+        self, group: Group, lr: float, k: Any, corrected: bool = True
+    ) -> Numbers:
+        return adam(
             lr,
+            k,
+            self._inner_momentum(group),
+            group["betas"][1],
+            group["eps"],
             float(group["weight_decay"]),
             group["decay_at"],
-            b2=b2,
-            correction=one_minus_power(b2, k),
-            eps=group["eps"],
-            inner_momentum=b,
-            momentum_correction=one_minus_power(b, k),
-            steps=k + 1,
+            corrected,
         )
 
 
@@ -185,12 +185,13 @@ class AdamWScheduleFreePaper(AdamWScheduleFree):
         correction = one_minus_power(group["betas"][1], group["k"])
         return super()._step_size(group) * correction**0.5
 
-    def _base_step(self, group: Group, lr: float, k: Any) -> BaseStep:
+    def _base_numbers(
+        self, group: Group, lr: float, k: Any, corrected: bool = False
+    ) -> Numbers:
         # lr has the correction of the group's count; the step has the parameter's.
         b2 = group["betas"][1]
         ratio = one_minus_power(b2, k) / one_minus_power(b2, group["k"])
-        step = super()._base_step(group, lr * ratio**0.5, k)
-        return step._replace(correction=1.0, steps=None)
+        return super()._base_numbers(group, lr * ratio**0.5, k, corrected)
 
 
 class AdamWScheduleFreeAlgoPerf(AdamWScheduleFree):
@@ -225,10 +226,11 @@ class AdamWScheduleFreeAlgoPerf(AdamWScheduleFree):
         lr, least = super()._step_size(group), group["eps"]
         return where(lr > least, lr, least)
 
-    def _base_step(self, group: Group, lr: float, k: Any) -> BaseStep:
+    def _base_numbers(
+        self, group: Group, lr: float, k: Any, corrected: bool = False
+    ) -> Numbers:
         correction = one_minus_power(group["betas"][1], k)
-        step = super()._base_step(group, lr * correction**0.5, k)
-        return step._replace(correction=1.0, steps=None)
+        return super()._base_numbers(group, lr * correction**0.5, k, corrected)
 
 
 class AdamWScheduleFreeReference(Reference, AdamWScheduleFree):

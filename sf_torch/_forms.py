@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sf_torch._averaging import Group
+from sf_torch._step.schedule import Group
 from sf_torch._optimizer import ScheduleFree
 
 

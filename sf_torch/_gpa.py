@@ -24,10 +24,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from sf_torch._adamw import AdamWScheduleFree
-from sf_torch._averaging import Group
-from sf_torch._kernels import BaseStep
-from sf_torch._leaves import Leaf
-from sf_torch._optimizer import Part, ScheduleFree, bookkeeping
+from sf_torch._step.schedule import Group
+from sf_torch._step.numbers import Numbers
+from sf_torch._optimizer import ScheduleFree, bookkeeping
 
 
 class GPAAdamW(AdamWScheduleFree):
@@ -135,34 +134,8 @@ class GPAAdamW(AdamWScheduleFree):
     def _inner_momentum(self, group: Group) -> float:
         return group["betas"][0]
 
-    def _base_step(self, group: Group, lr: float, k: Any) -> BaseStep:
-        step = super()._base_step(group, lr, k)
-        return step._replace(weight_decay=0.0) if group["upstream_compatible"] else step
-
-    def _compiles(self, group: Group) -> bool:
-        return super()._compiles(group) and not _decays_as_published(group)
-
-    def _step_group(self, group: Group, parts: list[Part]) -> None:
-        if _decays_as_published(group):
-            by = self._step_size(group) * float(group["weight_decay"])
-            for p in group["params"]:
-                if p.grad is not None:
-                    shrink(self._leaf(p, group), by, group["decay_at"], group["b1"])
-        super()._step_group(group, parts)
-
-
-def _decays_as_published(group: Group) -> bool:
-    return group["upstream_compatible"] and group["weight_decay"] != 0
-
-
-def shrink(leaf: Leaf, by: float, at: str, b1: float) -> None:
-    """z or y made smaller, with the other as it is and x what the two imply."""
-    z, x = leaf.state["z"], leaf.state.get("x")
-    if at == "z":
-        if x is not None:
-            x.add_(z, alpha=by * (1 - b1) / b1)
-        z.mul_(1 - by)
-    elif x is None:
-        leaf.param.mul_(1 - by)
-    else:
-        x.sub_(torch.lerp(z, x, b1), alpha=by / b1)
+    def _base_numbers(
+        self, group: Group, lr: float, k: Any, corrected: bool = True
+    ) -> Numbers:
+        numbers = super()._base_numbers(group, lr, k, corrected)
+        return numbers._replace(decay_moves_x=group["upstream_compatible"])

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sf_torch._kernels import interpolate_y, recover_x, wide
-from sf_torch._leaves import local
+from sf_torch._step.batches import local
+from sf_torch._step.formula import recover_x, recover_y
 
 Group = dict[str, Any]
 States = Mapping[Tensor, dict[str, Tensor]]
@@ -97,8 +97,8 @@ def _iterates(state: Mapping[str, Tensor], b1: float) -> tuple[Tensor, Tensor] |
         return None
     known = {key: local(state[key]) for key in ("x", "y", "z") if key in state}
     z = known["z"]
-    x = known["x"] if "x" in known else recover_x(*wide(known["y"], z), b1)[0]
-    y = known["y"] if "y" in known else interpolate_y(*wide(x, z), b1)[0]
+    x = known["x"] if "x" in known else recover_x(known["y"], z, b1)
+    y = known["y"] if "y" in known else recover_y(x, z, b1)
     return x, y
 
 

@@ -5,10 +5,10 @@ parameter holds ``z``, and ``x`` where y does not determine it: for parameters
 narrower than float32, whose state is the float32 master, for β = 0, and on request.
 
 An optimizer is a choice for four seams, each a method: the base step
-(:meth:`ScheduleFree._base_step`, or :meth:`ScheduleFree._move_z` for
-what its numbers do not cover), the step size (:meth:`ScheduleFree._step_size`), the
+(:meth:`ScheduleFree._base_numbers`), the step size (:meth:`ScheduleFree._step_size`), the
 averaging weight (:meth:`ScheduleFree._weight`) and the interpolation
-(:meth:`ScheduleFree._beta`).
+(:meth:`ScheduleFree._beta`). Each sees the group's counters in a draft, which becomes
+the group's own when all arrays have moved.
 
 References:
   Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
@@ -16,36 +16,27 @@ References:
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache, partial
-from itertools import compress
-from operator import not_
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sf_torch import _checks, _fused, _kernels, _loaded, _modes
-from sf_torch._averaging import (
+from sf_torch import _checks, _loaded
+from sf_torch._step import dispatch, formula, fused
+from sf_torch._step.batches import MISSED, Leaf, is_master, local, wide_dtype
+from sf_torch._step.dispatch import Plan, Way
+from sf_torch._step.eager import Scratch
+from sf_torch._step.modes import Modes
+from sf_torch._step.numbers import Numbers
+from sf_torch._step.schedule import (
     Group,
+    enter_counters,
     number,
     polynomial_weight,
-    set_counter,
     to_device,
     warmed_up,
 )
-from sf_torch._kernels import BaseStep, Scalars
-from sf_torch._leaves import (
-    MISSED,
-    Leaf,
-    Leaves,
-    Scratch,
-    gather,
-    is_master,
-    local,
-)
-
-Part = tuple[int, _fused.Plan | None, list[Leaf]]
-"""Parameters of a group that have missed so many steps: planned ones and others."""
 
 ITERATES = ("z", "x", "y")
 """Keys of a parameter's state that are Schedule-Free's, whatever moves z."""
@@ -62,7 +53,7 @@ class ScheduleFree(torch.optim.Optimizer):
 
     def _step_size(self, group: Group) -> float:
         """``lr_k``, which the base step and the averaging weight both see."""
-        lr = number(group["lr"], keep_tensor=self._captures(group))
+        lr = number(group["lr"], keep_tensor=self._way(group).captures)
         return warmed_up(lr, group["k"], group.get("warmup_steps", 0))
 
     def _weight(self, group: Group, lr: float) -> float:
@@ -76,13 +67,9 @@ class ScheduleFree(torch.optim.Optimizer):
         """Keys of the arrays that the base step keeps for each parameter."""
         return ()
 
-    def _base_step(self, group: Group, lr: float, k: Any) -> BaseStep:
-        """How z moves, in numbers, after k steps of the parameter's own."""
+    def _base_numbers(self, group: Group, lr: float, k: Any) -> Numbers:
+        """How z moves, after k steps of the parameter's own."""
         raise NotImplementedError
-
-    def _move_z(self, leaves: Leaves, base: BaseStep) -> None:
-        """z and the moments in place."""
-        _kernels.move_z(leaves, base)
 
     # Modes
 
@@ -128,11 +115,13 @@ class ScheduleFree(torch.optim.Optimizer):
     @torch.no_grad()
     def _switch(self, training: bool) -> None:
         self._settle()
-        switch = _modes.to_y if training else _modes.to_x
+        modes = self.__dict__.setdefault("_modes", Modes())
+        switch = modes.to_y if training else modes.to_x
         moved = {id(group): self._moved(group) for group in self.param_groups}
         for group in self.param_groups:
             if group["train_mode"] != training:
-                switch(moved[id(group)], group["b1"], self._fuses(group))
+                fuses = self._way(group).fuses
+                switch(moved[id(group)], group["b1"], fuses)
                 group["train_mode"] = training
 
     @torch.no_grad()
@@ -201,7 +190,7 @@ class ScheduleFree(torch.optim.Optimizer):
             return state["x"]
         if not group["train_mode"]:
             return p
-        return _kernels.recover_x(*_kernels.wide(p, state["z"]), group["b1"])[0]
+        return formula.recover_x(p, state["z"], group["b1"])
 
     def _new_x(self, p: Tensor, group: Group) -> Tensor:
         x = self._x(p, group)
@@ -284,7 +273,7 @@ class ScheduleFree(torch.optim.Optimizer):
 
     def _check_group(self, group: Group) -> None:
         _checks.options(group)
-        _fused.check(group)
+        fused.check(group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -426,200 +415,131 @@ class ScheduleFree(torch.optim.Optimizer):
                     )
 
     def _advance(self, loss: Any, closure: Callable[[], Any] | None) -> None:
-        if torch.compiler.is_compiling():
-            steps, ends = self._to_compile(loss)
-            for batches, base, scalars in steps:
-                for batch in batches:
-                    batch.advance(partial(_kernels.move_z, step=base), scalars)
-            self._end_compiled(ends)
-        else:
-            self._measure(loss)
-            self._step_groups(self.param_groups)
-
-    def _measure(self, loss: Any) -> None:
-        """Enters into the groups what a step depends on beyond each of them."""
+        compiles = torch.compiler.is_compiling()
+        steps, compiled = self._prepare(loss, compiles)
+        if compiles:
+            for leaves, grads, numbers in compiled:
+                for leaf, grad in zip(leaves, grads, strict=True):
+                    formula.step(leaf, grad, numbers)
+        self._finish(steps)
 
     @torch.compiler.disable
-    def _to_compile(
-        self, loss: Any
-    ) -> tuple[list[tuple[list[Leaves], BaseStep, Scalars]], list[Any]]:
-        """The arithmetic of a step, and what ends it: groups, their numbers after it.
+    def _prepare(self, loss: Any, compiles: bool) -> tuple[list[Any], list[Any]]:
+        """What a step takes, once all of it has been looked at; nothing has moved.
 
-        The groups themselves stay as they are, for a compiler may refuse yet.
+        Returns:
+          For each group its draft and (plan, numbers, gradients) of its parameters;
+          and (leaves, gradients, numbers) of those that a compiler is to have.
         """
-        before = [dict(group) for group in self.param_groups]
-        steps, ends = [], []
-        try:
-            self._measure(loss)
-            for group in self.param_groups:
-                if not self._compiles(group):
-                    ends.append((dict(group), None))
-                    continue
-                parts = [
-                    (missed, [self._leaf(p, group) for p in params])
-                    for missed, params in self._parts(group)
-                ]
-                scalars = self._scalars(group)
-                for missed, leaves in parts:
-                    base = self._base_step(group, scalars.lr, group["k"] - missed)
-                    numbers = _kernels.as_tensors(base, scalars)
-                    batches = gather(leaves, group["b1"], Scratch(), compiles=True)
-                    steps.append((list(batches), *numbers))
-                ends.append((dict(group), scalars))
-        finally:
-            for group, former in zip(self.param_groups, before, strict=True):
-                group.update(former)
-        return steps, ends
+        former, self._plans = self.__dict__.get("_plans", {}), {}
+        drafts = [dict(group) for group in self.param_groups]
+        self._measure(loss, drafts)
+        steps, compiled = [], []
+        for group, draft in zip(self.param_groups, drafts, strict=True):
+            way = self._way(group)
+            if way.captures:
+                to_device(draft, group["params"][0].device)
+            lr = draft["scheduled_lr"] = self._step_size(draft)
+            ckp1 = self._weight(draft, lr)
+            b1, next_b1 = group["b1"], self._beta(draft)
+            planned = []
+            for missed, params in self._parts(group):
+                numbers = self._base_numbers(draft, lr, draft["k"] - missed)
+                numbers = numbers.averaged(ckp1, b1, next_b1)
+                grads = [p.grad for p in params]
+                if compiles and not way.fuses:
+                    leaves = [self._leaf(p, group) for p in params]
+                    there = numbers.as_tensors(leaves[0]["param"].device)
+                    compiled.append((leaves, list(map(local, grads)), there))
+                else:
+                    key = id(group), missed
+                    plan = self._plan(former.get(key), group, way, params, grads)
+                    if plan.lasts:
+                        self._plans[key] = plan
+                    planned.append((plan, numbers, grads))
+            draft["b1"], draft["k"] = next_b1, draft["k"] + 1
+            steps.append((group, draft, planned))
+        return steps, compiled
 
-    def _compiles(self, group: Group) -> bool:
-        """Whether a compiler may have this group's arithmetic."""
-        return not (self._fuses(group) or self._captures(group))
+    def _measure(self, loss: Any, drafts: list[Group]) -> None:
+        """Enters into the drafts what a step depends on beyond each group."""
 
     @torch.compiler.disable
-    def _end_compiled(self, ends: list[tuple[Group, Scalars | None]]) -> None:
-        """Ends a compiled step, and takes that of groups that are not compiled."""
-        others = []
-        for group, (numbers, scalars) in zip(self.param_groups, ends, strict=True):
-            group.update(numbers)
-            if scalars is None:
-                others.append(group)
-            else:
-                self._end_step(group, scalars)
-        self._step_groups(others)
-
-    def _step_groups(self, groups: list[Group]) -> None:
-        # All are looked at before any moves: what cannot be done is refused here.
-        for group, parts in [(group, self._look_at(group)) for group in groups]:
-            self._step_group(group, parts)
-
-    def _look_at(self, group: Group) -> list[Part]:
-        # Plans by what their parameters have missed; those of this step are kept.
-        plans = self.__dict__.setdefault("_plans", {})
-        former = plans.pop(id(group), {})
-        kept: dict[int, _fused.Plan] = {}
-        parts = [
-            (missed, *self._plan(group, params, missed, former, kept))
-            for missed, params in self._parts(group)
-        ]
-        plans[id(group)] = kept
-        if self._captures(group):
-            for *_, others in parts:
-                _fused.refuse_others(others)
-        return parts
-
-    def _step_group(self, group: Group, parts: list[Part]) -> None:
-        if self._captures(group):
-            to_device(group, group["params"][0].device)
-        scalars = self._scalars(group)
-        scratch = self.__dict__.setdefault("_scratch", Scratch())
-        together = group.get("foreach") is not False
-        for missed, plan, others in parts:
-            base = self._base_step(group, scalars.lr, group["k"] - missed)
-            if plan is not None:
-                plan.step(base, scalars)
+    def _finish(self, steps: list[Any]) -> None:
+        """Takes what is left of a step, and makes the drafts the groups' own."""
+        for group, draft, planned in steps:
+            for plan, numbers, grads in planned:
+                plan.step(numbers, grads)
                 # What a CUDA graph of the step reads whenever it is replayed.
                 self.__dict__.setdefault("_captured", []).extend(plan.captured())
-            for batch in gather(others, group["b1"], scratch, together):
-                batch.advance(partial(self._move_z, base=base), scalars)
-        self._end_step(group, scalars)
+            for p, _ in self._moved(group):
+                if p.grad is None:
+                    self._stay(p, group, draft["b1"])
+            enter_counters(group, draft)
+
+    def _plan(
+        self,
+        plan: Plan | None,
+        group: Group,
+        way: Way,
+        params: list[Tensor],
+        grads: list[Tensor],
+    ) -> Plan:
+        """The plan of the step before where it is still right, else a new one."""
+        # What decides on the arrays that a parameter has, and on how they move.
+        dtypes = group["state_dtype"], group.get("moment_dtype")
+        kind = (way, dtypes, self._stores_x(group), self._arrays(group))
+        if plan is None or not plan.fits(params, grads, self.state, kind):
+            leaves = [self._leaf(p, group) for p in params]
+            scratch = self.__dict__.setdefault("_scratch", Scratch())
+            plan = Plan(params, grads, leaves, way, kind, scratch)
+        return plan
+
+    def _way(self, group: Group) -> Way:
+        """How the group's options let its parameters move."""
+        return dispatch.way(group)
+
+    def _leaf(self, p: Tensor, group: Group) -> Leaf:
+        state = self._state_of(p, group)
+        arrays = {k: local(state[k]) for k in self._arrays(group) if k in state}
+        return {"param": local(p.detach()), **arrays}
+
+    # Parameters without a gradient
 
     def _counts_apart(self, group: Group) -> bool:
         """Whether bias is corrected by each parameter's own count of steps."""
         return bool(self._moments(group)) and not group.get("upstream_compatible")
 
-    def _parts(self, group: Group) -> list[tuple[int, list[Tensor]]]:
+    def _parts(self, group: Group) -> list[tuple[Any, list[Tensor]]]:
         """The parameters with a gradient, apart by how many steps they have missed."""
         given = [p for p in group["params"] if p.grad is not None]
         if not self._counts_apart(group):
-            return [(0, given)]
-        parts: dict[int, list[Tensor]] = {}
+            return [(0, given)] if given else []
+        parts: dict[Any, list[Tensor]] = {}
         for p in given:
             state = self.state.get(p) or {}
             missed = state.get(MISSED, 0) if "z" in state else int(group["k"])
             parts.setdefault(missed, []).append(p)
-        return list(parts.items()) or [(0, [])]
+        return list(parts.items())
 
-    def _plan(
-        self,
-        group: Group,
-        params: list[Tensor],
-        missed: int,
-        former: dict[int, _fused.Plan],
-        kept: dict[int, _fused.Plan],
-    ) -> tuple[_fused.Plan | None, list[Leaf]]:
-        """The fused kernel's part of the step, and the parameters that it leaves."""
-        grads = [p.grad for p in params if p.grad is not None]
-        # What decides on the arrays that a parameter has, and on how they move.
-        options = [group.get(key) for key in _DECIDING]
-        kind = (*options, self._stores_x(group), self._moments(group))
-        plan = former.get(missed)
-        if plan is not None and plan.renew(params, grads, self.state, kind):
-            kept[missed] = plan
-            return plan, []
-        leaves = [self._leaf(p, group) for p in params]
-        fuses = self._fuses(group)
-        taken = [fuses and _fused.takes(leaf) for leaf in leaves]
-        if not any(taken):
-            return None, leaves
-        mine = list(compress(leaves, taken))
-        plan = _fused.Plan(tuple(compress(params, taken)), mine, kind)
-        if len(mine) < len(leaves):
-            return plan, list(compress(leaves, map(not_, taken)))
-        if plan.lasts:
-            kept[missed] = plan
-        return plan, []
+    def _stay(self, p: Tensor, group: Group, next_b1: float) -> None:
+        """Ends a step that the parameter did not take: x and z stay.
 
-    def _leaf(self, p: Tensor, group: Group) -> Leaf:
-        state = self._state_of(p, group)
-        arrays = {k: local(state[k]) for k in self._arrays(group) if k in state}
-        assert p.grad is not None
-        return Leaf(local(p.detach()), local(p.grad), arrays)
-
-    def _fuses(self, group: Group) -> bool:
-        if group["fused"] is None and not group["capturable"]:
-            # Triton's interpreter is for tests, which ask for it.
-            return not group["foreach"] and all(
-                p.is_cuda and _fused.works_on(p.device) for p in group["params"]
-            )
-        return group["fused"] or group["capturable"]
-
-    def _captures(self, group: Group) -> bool:
-        return group["capturable"]
-
-    def _scalars(self, group: Group) -> Scalars:
-        lr = self._step_size(group)
-        set_counter(group, "scheduled_lr", lr)
-        ckp1 = self._weight(group, lr)
-        return Scalars(lr, ckp1, group["b1"], self._beta(group))
-
-    def _end_step(self, group: Group, scalars: Scalars) -> None:
-        still = [p for p, _ in self._moved(group) if p.grad is None]
-        if self._counts_apart(group):
-            for p in still:
-                self._miss(p, group)
-        if scalars.next_b1 != scalars.b1:
-            # Parameters that took no step have their y in another place now.
-            for p in still:
-                state = self._state_of(p, group)
-                xs_and_zs = _kernels.wide(self._x(p, group), state["z"])
-                y = _kernels.interpolate_y(*xs_and_zs, scalars.next_b1)[0]
-                for kept in (p, state.get("y")):
-                    if kept is not None:
-                        kept.copy_(y)
-            group["b1"] = scalars.next_b1
-        set_counter(group, "k", group["k"] + 1)
-
-    def _miss(self, p: Tensor, group: Group) -> None:
-        """Counts a step that the parameter did not take."""
+        The step is counted as missed, and y moves to where the next β has it.
+        """
         state = self.state[p]
-        missed = state.get(MISSED, 0)
-        if self._captures(group):
-            # On the device, as k is: a CUDA graph of the step moves both.
-            if not isinstance(missed, Tensor):
+        if self._counts_apart(group):
+            missed = state.get(MISSED, 0)
+            if self._way(group).captures and not isinstance(missed, Tensor):
+                # On the device, as k is: a CUDA graph of the step moves both.
                 missed = torch.full_like(group["k"], missed)
-            state[MISSED] = missed.add_(1)
-        else:
             state[MISSED] = missed + 1
+        if next_b1 != group["b1"]:
+            state = self._state_of(p, group)
+            y = formula.recover_y(self._x(p, group), state["z"], next_b1)
+            for kept in (p, state.get("y")):
+                if kept is not None:
+                    kept.copy_(y)
 
 
 def saved_states(
@@ -648,16 +568,13 @@ def restore_dtypes(
 
 @cache
 def _state_dtype(param: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
-    dtype = asked or _kernels.wide_dtype(param)
+    dtype = asked or wide_dtype(param)
     return torch.promote_types(dtype, torch.complex64) if param.is_complex else dtype
 
 
 def _to_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:
     """The same in dtype, which is that of its parts where value is complex or not."""
     return value.to(dtype if value.is_complex() else dtype.to_real())
-
-
-_DECIDING = ("fused", "foreach", "state_dtype", "moment_dtype")
 
 
 def bookkeeping(

@@ -26,9 +26,9 @@ from torch.optim.optimizer import ParamsT
 
 from sf_torch import _checks
 from sf_torch._adamw import AdamWScheduleFree
-from sf_torch._averaging import Group, one_minus_power
+from sf_torch._step.schedule import Group, one_minus_power
 from sf_torch._forms import Reference
-from sf_torch._kernels import BaseStep
+from sf_torch._step.numbers import Numbers
 from sf_torch._optimizer import ScheduleFree, bookkeeping
 
 
@@ -178,7 +178,7 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
         """
         return self.step(lambda: function_value)
 
-    def _measure(self, loss: Any) -> None:
+    def _measure(self, loss: Any, drafts: list[Group]) -> None:
         if loss is None:
             raise TypeError(
                 "ScheduleFree+ needs the loss: call step_func(function_value=loss) "
@@ -188,18 +188,18 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
         inner, norm = self._sums()
         gap = mean_over_processes(loss) + inner
         # One mean for all groups, kept in each; the first has all its steps.
-        first = self.param_groups[0]
+        first = drafts[0]
         p = first["polyak_beta"]
         mean = p * first["grad_l1_ema"] + (1 - p) * math.sqrt(math.pi / 2) * norm
         corrected = mean / one_minus_power(p, first["k"])
         kept = corrected if first["upstream_compatible"] else mean
-        for group in self.param_groups:
-            group["grad_l1_ema"] = kept
-            lr = max(float(group["lr"]), group["eps"])
+        for draft in drafts:
+            draft["grad_l1_ema"] = kept
+            lr = max(float(draft["lr"]), draft["eps"])
             # Without a gradient there is no direction either, and any step will do.
-            group["scheduled_lr"] = lr * max(0.0, gap) / corrected if corrected else 0.0
+            draft["scheduled_lr"] = lr * max(0.0, gap) / corrected if corrected else 0.0
             logged = {"function_value_ema": gap, "ip_term": inner}
-            group.update(logged, grad_l1_ema_corr=corrected)
+            draft.update(logged, grad_l1_ema_corr=corrected)
 
     def _sums(self) -> tuple[float, float]:
         """``Σ β g·(z - x)`` and ``Σ|g|`` over all groups, and all shards of them."""
@@ -240,9 +240,11 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
     def _inner_momentum(self, group: Group) -> float:
         return group["betas"][0]
 
-    def _base_step(self, group: Group, lr: float, k: Any) -> BaseStep:
-        step = super()._base_step(group, lr, k)
-        return step._replace(weight_decay=lr * step.weight_decay)
+    def _base_numbers(
+        self, group: Group, lr: float, k: Any, corrected: bool = True
+    ) -> Numbers:
+        numbers = super()._base_numbers(group, lr, k, corrected)
+        return numbers._replace(decay=lr * numbers.decay)
 
 
 class AdamCScheduleFreePlusPaper(Reference, AdamCScheduleFreePlus):

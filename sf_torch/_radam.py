@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.optim.optimizer import ParamsT
 
-from sf_torch._averaging import Group, number, one_minus_power, rectification, where
+from sf_torch._step.schedule import Group, adam, number, rectification, where
 from sf_torch._forms import Closure, Reference
-from sf_torch._kernels import BaseStep
+from sf_torch._step.numbers import Numbers
 from sf_torch._optimizer import ScheduleFree, bookkeeping
 
 
@@ -112,19 +112,17 @@ class RAdamScheduleFree(ScheduleFree):
     def _step_size(self, group: Group) -> float:
         rectified, factor = rectification(group["betas"][1], group["k"])
         sgd = 0.0 if group["silent_sgd_phase"] else 1.0
-        lr = number(group["lr"], keep_tensor=self._captures(group))
+        lr = number(group["lr"], keep_tensor=self._way(group).captures)
         return lr * where(rectified, factor, sgd)
 
-    def _base_step(self, group: Group, lr: float, k: Any) -> BaseStep:
-        b2 = group["betas"][1]
-        return BaseStep(
-            lr,
-            float(group["weight_decay"]),
-            "y",
-            b2=b2,
-            correction=one_minus_power(b2, k),
-            eps=group["eps"],
-            divides=rectification(b2, group["k"])[0],
+    def _base_numbers(self, group: Group, lr: float, k: Any) -> Numbers:
+        b2, decay = group["betas"][1], float(group["weight_decay"])
+        numbers = adam(lr, k, 0.0, b2, group["eps"], decay, "y")
+        rectified, _ = rectification(b2, group["k"])
+        # Divided by 0 sqrt(v) + 1, the direction is the plain gradient.
+        return numbers._replace(
+            root=where(rectified, numbers.root, 0.0),
+            eps=where(rectified, numbers.eps, 1.0),
         )
 
 

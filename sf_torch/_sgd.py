@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.optim.optimizer import ParamsT
 
-from sf_torch._averaging import Group
+from sf_torch._step.schedule import Group
 from sf_torch._forms import Closure, Reference
-from sf_torch._kernels import BaseStep
+from sf_torch._step.numbers import Numbers
 from sf_torch._optimizer import ScheduleFree, bookkeeping
 
 
@@ -94,8 +94,9 @@ class SGDScheduleFree(ScheduleFree):
     def _beta(self, group: Group) -> float:
         return group["momentum"]
 
-    def _base_step(self, group: Group, lr: float, k: Any) -> BaseStep:
-        return BaseStep(lr, float(group["weight_decay"]), group["decay_at"])
+    def _base_numbers(self, group: Group, lr: float, k: Any) -> Numbers:
+        decay = float(group["weight_decay"])
+        return Numbers(lr, lr * decay, decay_at=group["decay_at"] if decay else "")
 
 
 class SGDScheduleFreeReference(Reference, SGDScheduleFree):

@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sf_torch import _averaging, _checks, _kernels
-from sf_torch._averaging import Group
+from sf_torch import _checks
 from sf_torch._forms import Reference
-from sf_torch._kernels import BaseStep
-from sf_torch._leaves import Leaves, is_master, local
 from sf_torch._optimizer import (
     ITERATES,
     ScheduleFree,
     bookkeeping,
     restore_dtypes,
 )
-
-MOVED = "moved_z"  # z', while a step is under way
+from sf_torch._step import formula
+from sf_torch._step.batches import Leaf, is_master, local
+from sf_torch._step.dispatch import Way
+from sf_torch._step.numbers import Numbers
+from sf_torch._step.schedule import Group, polynomial_weight
 
 
 class ScheduleFreeWrapper(ScheduleFree):
@@ -113,39 +113,31 @@ class ScheduleFreeWrapper(ScheduleFree):
         return group["scheduled_lr"]
 
     def _weight(self, group: Group, lr: float) -> float:
-        return _averaging.polynomial_weight(group, lr, self.r, self.weight_lr_power)
+        return polynomial_weight(group, lr, self.r, self.weight_lr_power)
 
-    def _fuses(self, group: Group) -> bool:
-        return False  # these two options, where a group has them, are the base's
+    def _way(self, group: Group) -> Way:
+        # The options of these names, where a group has them, are the base's.
+        return Way(fuses=False, captures=False, together=True)
 
-    def _captures(self, group: Group) -> bool:
-        return False
+    def _base_numbers(self, group: Group, lr: float, k: Any) -> Numbers:
+        return Numbers()  # the base has moved z
 
-    def _arrays(self, group: Group) -> tuple[str, ...]:
-        return (*super()._arrays(group), MOVED)
-
-    def _base_step(self, group: Group, lr: float, k: Any) -> BaseStep:
-        return BaseStep(lr, 0.0, "z")  # all that moves z is in z' by now
-
-    def _move_z(self, leaves: Leaves, base: BaseStep) -> None:
-        torch._foreach_copy_(leaves.zs, leaves.moments[MOVED])
+    def _leaf(self, p: Tensor, group: Group) -> Leaf:
+        return {**super()._leaf(p, group), "next_z": local(self._next_zs[p])}
 
     @torch.compiler.disable  # the base's to compile, and each has ways of its own
     def _advance(self, loss: Any, closure: Callable[[], Any] | None) -> None:
         # Before the base changes them: its step is taken with these.
         before = [(float(group["lr"]), group["k"]) for group in self.param_groups]
-        moved = self._moved_by_base(loss, closure)
+        self._next_zs = self._moved_by_base(loss, closure)
         try:
             for group, (lr, k) in zip(self.param_groups, before, strict=True):
                 group["k"] = k
                 # The d that the step found, which is the better estimate.
                 group["scheduled_lr"] = lr * float(group.get("d", 1.0))
-            for p, z in moved.items():
-                self.state[p][MOVED] = z
-            self._step_groups(self.param_groups)
+            super()._advance(loss, closure)
         finally:
-            for p in moved:
-                self.state[p].pop(MOVED, None)
+            self._next_zs = {}
 
     def _moved_by_base(
         self, loss: Any, closure: Callable[[], Any] | None
@@ -172,8 +164,7 @@ class ScheduleFreeWrapper(ScheduleFree):
                 return loss
             at = {p: _held(p) for p in live}
             for p, group, _ in moving:
-                pair = _kernels.wide(xs[p], at[p])
-                y = _kernels.interpolate_y(*pair, group["b1"])[0]
+                y = formula.recover_y(xs[p], at[p], group["b1"])
                 _hold(p, y.to(live[p].dtype))
             with torch.enable_grad():
                 value = closure()
@@ -209,7 +200,7 @@ class ScheduleFreeWrapper(ScheduleFree):
             return z
         y = p.detach()
         if is_master(z, p):  # p is a rounding of y
-            y = _kernels.interpolate_y(*_kernels.wide(state["x"], z), group["b1"])[0]
+            y = formula.recover_y(state["x"], z, group["b1"])
         # Without the d of a group, as Meta's has it.
         return z.sub_(y, alpha=float(group["lr"]) * group["weight_decay_at_y"])
 

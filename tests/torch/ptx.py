@@ -16,8 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sf_torch._launch import BLOCK, ROWS
-from sf_torch._triton import TYPES, step_kernel, switch_kernel
+from sf_torch._step.launch import BLOCK, ROWS
+from sf_torch._step.triton_kernels import TYPES, step_kernel, switch_kernel
 
 THREADS = 4 * 32  # Triton's default, four warps
 H100 = GPUTarget("cuda", 90, 32)

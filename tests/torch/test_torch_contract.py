@@ -5,8 +5,8 @@ import torch
 from torch_cases import ALL, NAMED, every, gradients, same, started, step, values
 
 import sf_torch
-from sf_torch import _leaves
-from sf_torch._leaves import Scratch
+from sf_torch._step import batches
+from sf_torch._step.eager import Scratch
 
 
 def parameter(*shape, dtype=torch.float32):
@@ -203,9 +203,9 @@ def test_scalar_and_empty_leaves_train(build):
 
 
 def test_large_leaves_take_the_steps_of_their_parts(monkeypatch):
-    monkeypatch.setattr(_leaves, "BLOCK", 2**16)
+    monkeypatch.setattr(batches, "BLOCK", 2**16)
     whole = parameter(600, 250)
-    assert whole.numel() > 2 * _leaves.BLOCK
+    assert whole.numel() > 2 * batches.BLOCK
     parts = [torch.nn.Parameter(part.clone()) for part in whole.detach().split(150)]
     models = [torch.nn.ParameterList([whole]), torch.nn.ParameterList(parts)]
     optimizers = [started(sf_torch.AdamWScheduleFree, model) for model in models]
@@ -235,10 +235,10 @@ def test_large_leaves_forget_gradients_at_the_rate_of_b2():
 
 
 def test_what_memory_held_before_does_not_enter(monkeypatch):
-    def full_of_nan(scratch, tensors, name):
-        return [torch.full_like(t, float("nan")) for t in tensors]
+    def full_of_nan(scratch, like, size, name):
+        return like.new_full((size,), float("nan"))
 
-    monkeypatch.setattr(Scratch, "like", full_of_nan)
+    monkeypatch.setattr(Scratch, "memory", full_of_nan)
     for name in NAMED:
         for options in ({}, {"weight_decay": 0.1}):
             # Large enough for PyTorch's one-pass kernels, and not.
@@ -249,7 +249,7 @@ def test_what_memory_held_before_does_not_enter(monkeypatch):
 
 
 def test_an_infinite_gradient_stays_with_its_parameter():
-    model = torch.nn.ParameterList([parameter(_leaves.BLOCK), parameter(_leaves.BLOCK)])
+    model = torch.nn.ParameterList([parameter(batches.BLOCK), parameter(batches.BLOCK)])
     optimizer = started(sf_torch.AdamWScheduleFree, model)
     gradients(model, 0)
     model[0].grad.fill_(float("inf"))

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch_cases import same
 
 import sf_torch
-from sf_torch import _fused
+from sf_torch._step import fused
 
 WORLD = 2
 pytestmark = pytest.mark.xdist_group("torch-distributed")
@@ -37,7 +37,7 @@ BUILDS = {
         torch.optim.RMSprop(params, lr=0.01)
     ),
 }
-if _fused.works_on(torch.device("cpu")):  # in Triton's interpreter
+if fused.works_on(torch.device("cpu")):  # in Triton's interpreter
     BUILDS["fused"] = lambda params: sf_torch.AdamWScheduleFree(
         params, lr=0.05, weight_decay=0.1, fused=True
     )

@@ -23,7 +23,7 @@ import sf_torch
 from parity_tests.family import FAMILY, FamilyOptions
 from parity_tests.optimizers import OPTIMIZERS
 from parity_tests.reference import ScheduleFree
-from sf_torch import _fused
+from sf_torch._step import fused
 
 LR = 0.01
 MEMBERS = {
@@ -39,7 +39,7 @@ MEMBERS = {
 }
 members = pytest.mark.parametrize("build", MEMBERS.values(), ids=MEMBERS.keys())
 fuses = pytest.mark.skipif(
-    not _fused.works_on(torch.device("cpu")), reason="Triton's interpreter is off"
+    not fused.works_on(torch.device("cpu")), reason="Triton's interpreter is off"
 )
 # How the tensors are moved; the sizes decide too, on a CPU.
 WAYS = {

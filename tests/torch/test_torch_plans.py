@@ -17,11 +17,11 @@ from members import (
 )
 
 import sf_torch
-from sf_torch import _fused
+from sf_torch._step import fused
 
 pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if not _fused.works_on(torch.device(DEVICE)):
+if not fused.works_on(torch.device(DEVICE)):
     pytest.skip("neither CUDA nor TRITON_INTERPRET=1", allow_module_level=True)
 
 # Contiguous, aligned, and nothing that the kernel leaves to the plain step.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sf_torch
-from sf_torch._averaging import (
+from sf_torch._step.schedule import (
     one_minus_power,
     polynomial_weight,
     rectification,

@@ -1,17 +1,43 @@
-"""The Triton kernels of :mod:`sf_torch._fused`; imported only where Triton is there.
+"""The step and the switch of modes as Triton kernels; imported only where Triton is.
 
-One program moves one block of one tensor: reads each array once, writes it once.
+One program moves one block of one tensor: reads each array once, writes it once. The
+formulas are those of :mod:`sf_torch._step.numbers`, whose numbers a kernel reads from
+memory, by name.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from sf_torch._step.numbers import NAMES
+
 TYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+
+
+# Where in memory a kernel finds each number.
+(
+    LR,
+    DECAY,
+    M_WEIGHT,
+    V_WEIGHT,
+    ROOT,
+    EPS,
+    CKP1,
+    Z_IN_X,
+    Z_IN_Y,
+    Z_IN_NEXT_Y,
+    TO_Z,
+    TO_STEP,
+) = (tl.constexpr(place) for place, _ in enumerate(NAMES))
+
+
+@triton.jit
+def _number(numbers, PLACE: tl.constexpr):
+    return tl.load(numbers + PLACE).to(tl.float32)
 
 
 @triton.jit
@@ -45,7 +71,7 @@ def step_kernel(
     table,  # (rows, n) int64: addresses, and sizes in the last row
     grads,  # (n,) int64: addresses
     blocks,  # (programs, 2) int64: which tensor, and where the block starts in it
-    numbers,  # (14,) float64: see _fused.numbers_of
+    numbers,  # (len(NAMES),) float64
     n,
     PARAM_ROW: tl.constexpr,
     Z_ROW: tl.constexpr,
@@ -58,6 +84,7 @@ def step_kernel(
     GRAD: tl.constexpr,
     MASTER: tl.constexpr,
     DECAY_AT: tl.constexpr,
+    DECAY_MOVES_X: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -71,62 +98,70 @@ def step_kernel(
         x_at = _pointer(table, X_ROW * n + which, tl.float32, ALIGNED) + offsets
         x = tl.load(x_at, mask=mask)
     if MASTER:
-        y = _lerp(x, z, tl.load(numbers + 11).to(tl.float32))
+        y = _lerp(x, z, _number(numbers, Z_IN_Y))
     else:
         y = tl.load(param_at, mask=mask).to(tl.float32)
-        if DECAY_AT == "x" and X_ROW < 0:
-            x = y + tl.load(numbers + 13).to(tl.float32) * (z - y)
+
+    if DECAY_MOVES_X:
+        decay = _number(numbers, DECAY)
+        if DECAY_AT == "z":
+            if X_ROW >= 0:
+                x -= decay * _number(numbers, Z_IN_X) * z
+            z -= decay * z
+        else:
+            if X_ROW >= 0:
+                x -= decay * (1 - _number(numbers, Z_IN_X)) * y
+            y -= decay * y
 
     direction = g
     if M_ROW >= 0:
         m_at = _pointer(table, M_ROW * n + which, tl.float32, ALIGNED) + offsets
         m = tl.load(m_at, mask=mask)
-        m += tl.load(numbers + 6).to(tl.float32) * (g - m)
+        m += _number(numbers, M_WEIGHT) * (g - m)
         tl.store(m_at, m, mask=mask)
-        correction = tl.load(numbers + 7).to(tl.float32)
-        direction = tl.div_rn(m, tl.broadcast_to(correction, m.shape))
+        direction = m
     if V_ROW >= 0:
         v_at = _pointer(table, V_ROW * n + which, tl.float32, ALIGNED) + offsets
         v = tl.load(v_at, mask=mask, other=1.0)
-        v += tl.load(numbers + 2).to(tl.float32) * (g * g - v)
+        v += _number(numbers, V_WEIGHT) * (g * g - v)
         tl.store(v_at, v, mask=mask)
-        correction = tl.load(numbers + 3).to(tl.float32)
-        root = tl.sqrt_rn(tl.div_rn(v, tl.broadcast_to(correction, v.shape)))
-        root += tl.load(numbers + 4).to(tl.float32)
-        root = tl.where(tl.load(numbers + 5) != 0, root, 1.0)
+        root = _number(numbers, ROOT) * tl.sqrt_rn(v) + _number(numbers, EPS)
         direction = tl.div_rn(direction, root)
-    decay = tl.load(numbers + 1).to(tl.float32)
-    if DECAY_AT == "y":
-        direction += decay * y
-    elif DECAY_AT == "z":
-        direction += decay * z
-    elif DECAY_AT == "x":
-        direction += decay * x
-    new_z = z - tl.load(numbers).to(tl.float32) * direction
+    displacement = _number(numbers, LR) * direction
+    if DECAY_AT != "" and not DECAY_MOVES_X:
+        decay = _number(numbers, DECAY)
+        if DECAY_AT == "y":
+            displacement += decay * y
+        elif DECAY_AT == "z":
+            displacement += decay * z
+        else:
+            if X_ROW < 0:
+                x = y + _number(numbers, Z_IN_X) * (z - y)
+            displacement += decay * x
+    new_z = z - displacement
     tl.store(z_at, new_z, mask=mask)
 
     if X_ROW >= 0:
-        x = _lerp(x, new_z, tl.load(numbers + 10).to(tl.float32))
+        x = _lerp(x, new_z, _number(numbers, CKP1))
         tl.store(x_at, x, mask=mask)
-        y = _lerp(x, new_z, tl.load(numbers + 12).to(tl.float32))
+        y = _lerp(x, new_z, _number(numbers, Z_IN_NEXT_Y))
     else:
-        # Through z' - z as it was rounded, and as one sum, see move_y.
-        to_z = tl.load(numbers + 8).to(tl.float32)
-        to_step = tl.load(numbers + 9).to(tl.float32)
-        y += to_step * (new_z - z) + to_z * (z - y)
+        # Through z' - z as z' was rounded, and as one sum: see formula.step.
+        moved = _number(numbers, TO_STEP) * (new_z - z)
+        y += moved + _number(numbers, TO_Z) * (z - y)
     tl.store(param_at, y.to(PARAM), mask=mask)
     if Y_ROW >= 0:
         y_at = _pointer(table, Y_ROW * n + which, tl.float32, ALIGNED) + offsets
         tl.store(y_at, y, mask=mask)
 
 
-@triton.jit(do_not_specialize=["n", "from_y", "from_x"])
+@triton.jit(do_not_specialize=["n", "z_in_x", "z_in_y"])
 def switch_kernel(
     table,  # (4, n) int64: addresses of param, z and the y that is kept; sizes
     blocks,  # as above
     n,
-    from_y,  # 1 - 1 / β: x lies there on the line from y to z
-    from_x,  # 1 - β: and y there on that from x to z
+    z_in_x,  # 1 - 1 / β
+    z_in_y,  # 1 - β
     TO_X: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -139,10 +174,10 @@ def switch_kernel(
     z = tl.load(z_at, mask=mask)
     if TO_X:
         tl.store(y_at, param, mask=mask)
-        tl.store(param_at, _lerp(param, z, from_y), mask=mask)
+        tl.store(param_at, _lerp(param, z, z_in_x), mask=mask)
     else:
         y = tl.load(y_at, mask=mask)
-        # Where it is no longer the x of that y, a y of its own.
-        is_left = _lerp(y, z, from_y) == param
-        y = tl.where(is_left, y, _lerp(param, z, from_x))
+        # The y that was kept where the parameter is still its x; else that of this x.
+        is_left = _lerp(y, z, z_in_x) == param
+        y = tl.where(is_left, y, _lerp(param, z, z_in_y))
         tl.store(param_at, y, mask=mask)

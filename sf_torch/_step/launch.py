@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sf_torch._leaves import is_master
+from sf_torch._step.batches import is_master
 
 BLOCK = 1024  # elements that one program moves
 ROWS = ("param", "z", "x", "y", "exp_avg_sq", "exp_avg")  # of the table

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sf_torch._step.numbers import EPS_FLOOR, Numbers
+
 Group = dict[str, Any]
 COUNTERS = ("k", "weight_sum", "lr_max", "scheduled_lr")
 
@@ -36,11 +38,15 @@ def to_device(group: Group, device: torch.device) -> None:
             group[key] = torch.as_tensor(group[key], dtype=torch.float64).to(device)
 
 
-def set_counter(group: Group, key: str, value: Any) -> None:
-    if isinstance(group[key], Tensor):
-        group[key].copy_(value)
-    else:
-        group[key] = value
+def enter_counters(group: Group, draft: Group) -> None:
+    """Makes the counters of a draft the group's own."""
+    for key, value in draft.items():
+        if value is group[key]:
+            continue
+        if isinstance(group[key], Tensor):
+            group[key].copy_(value)
+        else:
+            group[key] = value
 
 
 def number(value: Any, keep_tensor: bool) -> Any:
@@ -53,14 +59,13 @@ def warmed_up(lr: Any, k: Any, warmup_steps: int) -> Any:
     return lr * _min((k + 1) / warmup_steps, 1.0) if warmup_steps else lr
 
 
-def polynomial_weight(group: Group, lr: Any, r: float, weight_lr_power: float) -> Any:
-    """Enters step k's weight into the group's sum; returns c_k."""
-    k, lr_max = group["k"], _max(lr, group["lr_max"])
+def polynomial_weight(draft: Group, lr: Any, r: float, weight_lr_power: float) -> Any:
+    """Enters step k's weight into a draft's sum; returns c_k."""
+    k, lr_max = draft["k"], _max(lr, draft["lr_max"])
     weight, log_unit = _weight(k + 1, lr_max, r, weight_lr_power)
-    _, log_unit_before = _weight(_max(k, 1), group["lr_max"], r, weight_lr_power)
-    weight_sum = group["weight_sum"] * _exp2(log_unit_before - log_unit) + weight
-    set_counter(group, "lr_max", lr_max)
-    set_counter(group, "weight_sum", weight_sum)
+    _, log_unit_before = _weight(_max(k, 1), draft["lr_max"], r, weight_lr_power)
+    weight_sum = draft["weight_sum"] * _exp2(log_unit_before - log_unit) + weight
+    draft["lr_max"], draft["weight_sum"] = lr_max, weight_sum
     # Dividing by 1 where the sum is 0: then the weight is 0 as well.
     return weight / where(weight_sum > 0, weight_sum, 1.0)
 
@@ -84,6 +89,41 @@ def _weight(t: Any, lr_max: Any, r: float, weight_lr_power: float) -> tuple[Any,
 def one_minus_power(b: float, k: Any) -> Any:
     """``1 - b^(k + 1)``, the bias correction, without cancellation."""
     return -_expm1((k + 1) * math.log(b)) if b > 0 else 1.0
+
+
+def adam(
+    lr: Any,
+    k: Any,
+    b: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    decay_at: str,
+    corrected: bool = True,
+) -> Numbers:
+    """Adam's step: m and v corrected for their start at 0, or v as it is.
+
+    Args:
+      lr: the step size, of the direction and of the decay.
+      k: steps that the moments have taken.
+      b: decay rate of the first moment; 0 where there is none.
+      b2: decay rate of the second.
+      eps: added to the root.
+      weight_decay: λ.
+      decay_at: "y", "z" or "x".
+      corrected: whether v is divided by 1 - b2^(k + 1).
+    """
+    return Numbers(
+        lr=lr / one_minus_power(b, k),
+        decay=lr * weight_decay,
+        m_weight=1 - b,
+        v_weight=1 - b2,
+        root=one_minus_power(b2, k) ** -0.5 if corrected else 1.0,
+        eps=max(eps, EPS_FLOOR),
+        decay_at=decay_at if weight_decay else "",
+        b2=b2,
+        k=k,
+    )
 
 
 def rectification(b2: float, k: Any) -> tuple[Any, Any]:

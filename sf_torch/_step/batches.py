@@ -1,0 +1,130 @@
+"""Which tensors take their step together: data only.
+
+A step reads and writes each array several times. On a CPU it therefore works through
+blocks that stay in the cache: small tensors together, large ones in slices. On an
+accelerator all tensors of one device and the same dtypes go together.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+Leaf = dict[str, Tensor]
+"""The arrays of one parameter by name: "param" and "z"; "x" and "y" where they are
+stored; "exp_avg_sq" and "exp_avg" where the base step keeps moments; and "next_z" where
+another optimizer has moved z already."""
+
+MISSED = "missed"
+"""Key in the state of a parameter: steps of its group in which it had no gradient,
+those before its first gradient included. Absent, as in Meta's states, it is 0."""
+
+BLOCK = 2**19
+"""Elements of a block: two megabytes of float32 an array."""
+
+
+class Piece(NamedTuple):
+    """A parameter, or a slice of one that is larger than a block."""
+
+    member: int  # which parameter
+    part: slice | None  # which elements, in the order of memory; None: all
+    leaf: Leaf
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The same piece of the member's tensor among others, such as gradients."""
+        tensor = tensors[self.member]
+        return tensor if self.part is None else flat(tensor)[self.part]
+
+
+def blocks(leaves: Iterable[tuple[int, Leaf]], together: bool) -> Iterator[list[Piece]]:
+    """Dense leaves on a CPU, in blocks of those that are alike.
+
+    Args:
+      leaves: with the number that each parameter goes by.
+      together: False keeps parameters apart.
+    """
+    waiting: dict[Any, list[Piece]] = {}
+    for member, leaf in leaves:
+        key = (*_kind(leaf), None if together else member)
+        for piece in _pieces(member, leaf):
+            block = waiting.setdefault(key, [])
+            held = sum(p.leaf["z"].numel() for p in block)
+            if block and held + piece.leaf["z"].numel() > BLOCK:
+                yield block
+                block = waiting[key] = []
+            block.append(piece)
+    yield from waiting.values()
+
+
+def whole(leaves: Iterable[tuple[int, Leaf]], together: bool) -> Iterator[list[Piece]]:
+    """Leaves in lists of those that are alike, nothing sliced."""
+    alike: dict[Any, list[Piece]] = {}
+    for member, leaf in leaves:
+        key = (*_kind(leaf), None if together else member)
+        alike.setdefault(key, []).append(Piece(member, None, leaf))
+    yield from alike.values()
+
+
+def _kind(leaf: Leaf) -> tuple[Any, ...]:
+    return leaf["param"].device, *((row, t.dtype) for row, t in leaf.items())
+
+
+def _pieces(member: int, leaf: Leaf) -> Iterator[Piece]:
+    size = leaf["param"].numel()
+    if size <= BLOCK:
+        yield Piece(member, None, leaf)
+        return
+    rows = {row: flat(tensor) for row, tensor in leaf.items()}
+    for start in range(0, size, BLOCK):
+        part = slice(start, start + BLOCK)
+        yield Piece(member, part, {row: t[part] for row, t in rows.items()})
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """A dense tensor's elements in the order of memory."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def is_master(z: Tensor, param: Tensor) -> bool:
+    """Whether the parameter is a rounded copy of what the state holds."""
+    return z.dtype.itemsize > param.dtype.itemsize
+
+
+def arithmetic_dtype(leaf: Leaf) -> torch.dtype:
+    """The dtype of a parameter's step."""
+    return wide_dtype(leaf["param"].dtype, leaf["z"].dtype)
+
+
+def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype of arithmetic on these: their widest, at least float32."""
+    # PyTorch does not promote float8, whose values float32 has all.
+    wide = (dtype for dtype in dtypes if dtype.itemsize > 1)
+    return reduce(torch.promote_types, wide, torch.float32)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a distributed tensor; another tensor as it is."""
+    if type(tensor) in (Tensor, Parameter):  # where thousands are asked, most are
+        return tensor
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def same_device(tensors: Sequence[Tensor]) -> bool:
+    """Whether one kernel can reach them all."""
+    return all(t.device == tensors[0].device for t in tensors)
+
+
+def same_layout(tensors: Sequence[Tensor]) -> bool:
+    """Whether all fill their memory without gaps, in one and the same order."""
+    if all(map(Tensor.is_contiguous, tensors)):
+        return True
+    shape, strides = tensors[0].shape, tensors[0].stride()
+    expected = 1
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return all(t.stride() == strides for t in tensors)

@@ -1,0 +1,170 @@
+"""Which executor moves which parameters.
+
+The only place that looks at device, dtypes and layout to decide. The decision is kept
+from step to step, for as long as the same parameters take part and nothing has moved in
+memory: to look at each of thousands of small tensors takes longer than their step.
+"""
+
+from collections.abc import Mapping, Sequence
+from operator import attrgetter, is_
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from sf_torch._step import batches, eager, fused
+from sf_torch._step.batches import Leaf, local, same_layout
+from sf_torch._step.eager import Lists, Scratch
+from sf_torch._step.formula import Plain
+from sf_torch._step.fused import Kernel
+from sf_torch._step.numbers import Numbers
+
+Executor = Kernel | Lists | Plain
+
+
+class Way(NamedTuple):
+    """What a group asks for."""
+
+    fuses: bool  # whether its arrays are the Triton kernel's where it takes them
+    captures: bool  # whether nothing else may move them: a CUDA graph is to replay it
+    together: bool  # whether parameters share a batch
+
+
+def way(group: Mapping[str, Any]) -> Way:
+    """What a group's options ``foreach``, ``fused`` and ``capturable`` ask for."""
+    fuses, captures = group["fused"], group["capturable"]
+    if fuses is None and not captures:
+        # Triton's interpreter is for tests, which ask for it.
+        fuses = not group["foreach"] and all(
+            p.is_cuda and fused.works_on(p.device) for p in group["params"]
+        )
+    together = group.get("foreach") is not False
+    return Way(bool(fuses or captures), captures, together)
+
+
+class Plan:
+    """How some parameters of a group take their steps.
+
+    Args:
+      params: those that have a gradient.
+      grads: theirs.
+      leaves: the arrays of each.
+      way: what their group asks for.
+      kind: whatever else decides which arrays they have; equal while it is the same.
+      scratch: of the optimizer.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        leaves: Sequence[Leaf],
+        way: Way,
+        kind: Any,
+        scratch: Scratch,
+    ) -> None:
+        self.params, self.kind = params, kind
+        self.rows = tuple(leaves[0])
+        # Mixed dtypes have other rows beside one another, and next_z is another tensor
+        # at every step: such parameters are looked at anew.
+        self.lasts = "next_z" not in self.rows and all(
+            tuple(leaf) == self.rows for leaf in leaves
+        )
+        self.sharded = any(local(p) is not p for p in params)
+        self.addresses = [
+            _addresses([leaf[row] for leaf in leaves]) for row in self.rows if self.lasts
+        ]
+        grads = self._local(grads)
+        self.grad_kinds = _kinds(grads)
+        self.executors = _executors(leaves, grads, way, scratch)
+
+    def _local(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        return list(map(local, grads)) if self.sharded else grads
+
+    def fits(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        state: Mapping[Tensor, Any],
+        kind: Any,
+    ) -> bool:
+        """Whether it is still right for these."""
+        if (
+            not self.lasts
+            or kind != self.kind
+            or len(params) != len(self.params)
+            or not all(map(is_, params, self.params))
+            or _kinds(self._local(grads)) != self.grad_kinds
+        ):
+            return False
+        states = [state[p] for p in params]
+        try:
+            columns = [params, *([s[row] for s in states] for row in self.rows[1:])]
+        except KeyError:
+            return False
+        return [_addresses(self._local(c)) for c in columns] == self.addresses
+
+    def step(self, n: Numbers, grads: Sequence[Tensor]) -> None:
+        """Moves y, z, x and the moments of all in place."""
+        grads = self._local(grads)
+        for executor in self.executors:
+            executor.step(n, grads)
+
+
+    def captured(self) -> list[Any]:
+        """What a CUDA graph that is being made of the step will read."""
+        kernels = [e for e in self.executors if isinstance(e, Kernel)]
+        return [launch for kernel in kernels for launch in kernel.captured()]
+
+
+def _executors(
+    leaves: Sequence[Leaf],
+    grads: Sequence[Tensor],
+    way: Way,
+    scratch: Scratch,
+) -> list[Executor]:
+    found: list[Executor] = []
+    rest = dict(enumerate(leaves))
+    if way.fuses:
+        taken = {i: leaf for i, leaf in rest.items() if fused.takes(leaf, grads[i])}
+        if taken:
+            found.append(Kernel(taken, grads))
+        rest = {i: leaf for i, leaf in rest.items() if i not in taken}
+        if rest and way.captures:
+            strides = next(iter(rest.values()))["param"].stride()
+            raise RuntimeError(
+                "capturable=True needs dense parameters and float32 state, got a "
+                f"parameter of strides {strides}. Make it contiguous, or leave "
+                "capturable out."
+            )
+    dense = {
+        i: leaf for i, leaf in rest.items() if same_layout([*leaf.values(), grads[i]])
+    }
+    on_cpu = [(i, leaf) for i, leaf in dense.items() if leaf["param"].is_cpu]
+    elsewhere = [(i, leaf) for i, leaf in dense.items() if not leaf["param"].is_cpu]
+    plain = {i: leaf for i, leaf in rest.items() if i not in dense}
+    for block in batches.blocks(on_cpu, way.together):
+        if eager.takes(block):
+            found.append(Lists(block, eager.one_pass(block), scratch))
+        else:
+            plain |= {piece.member: rest[piece.member] for piece in block}
+    for pieces in batches.whole(elsewhere, way.together):
+        if eager.takes(pieces):
+            found.append(Lists(pieces, False, scratch))
+        else:
+            plain |= {piece.member: piece.leaf for piece in pieces}
+    if plain:
+        found.append(Plain(plain))
+    return found
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def _kinds(tensors: Sequence[Tensor]) -> list[Any]:
+    """Dtypes, and strides where they say more than that all are contiguous."""
+    dtypes = list(map(attrgetter("dtype"), tensors))
+    if all(map(Tensor.is_contiguous, tensors)):
+        return dtypes
+    return [*dtypes, *map(Tensor.stride, tensors)]
+

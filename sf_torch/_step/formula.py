@@ -1,0 +1,121 @@
+"""The whole step of one parameter, as the formulas of :mod:`sf_torch._step.numbers`.
+
+Written for reading: plain operators on one parameter's arrays. ``torch.compile`` makes
+one kernel of it. Arrays that the faster executors do not take (other layouts, complex
+numbers, narrow state) are moved by it, and each faster executor is tested against it.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sf_torch._step.batches import Leaf, arithmetic_dtype, is_master, wide_dtype
+from sf_torch._step.numbers import Number, Numbers
+
+
+class Plain:
+    """Executor: one parameter after the other.
+
+    Args:
+      leaves: by the number that each parameter goes by.
+    """
+
+    def __init__(self, leaves: Mapping[int, Leaf]) -> None:
+        self.leaves = leaves
+
+    def step(self, n: Numbers, grads: Sequence[Tensor]) -> None:
+        for i, leaf in self.leaves.items():
+            step(leaf, grads[i], n)
+
+
+def step(leaf: Leaf, grad: Tensor, n: Numbers) -> None:
+    """Moves the arrays of one parameter in place."""
+    dtype = arithmetic_dtype(leaf)
+    # Not dtype.to_real(), which torch.compile cannot look into.
+    is_double = dtype in (torch.float64, torch.complex128)
+    n = n.in_dtype(torch.float64 if is_double else torch.float32)
+    param = leaf["param"]
+    z, g = leaf["z"].to(dtype), grad.to(dtype)
+    x = leaf["x"].to(dtype) if "x" in leaf else None
+    if x is not None and is_master(leaf["z"], param):
+        y = lerp(x, z, n.z_in_y)  # the parameter is a rounding of it
+    else:
+        y = param.to(dtype)
+
+    if n.decay_moves_x:
+        y, z, x = _shrunk(y, z, x, n)
+    if "next_z" in leaf:
+        next_z = leaf["next_z"]
+    else:
+        next_z = z - _displacement(leaf, g, y, z, x, n)
+    next_z = next_z.to(leaf["z"].dtype).to(dtype)
+
+    if x is None:
+        # Through z' - z as z' was rounded: through the displacement, its equal on
+        # paper, the rounding of z would part y from z for good. And as one sum: each
+        # rounding of y is one of x, times 1 / β.
+        next_y = y + (n.to_step * (next_z - z) + n.to_z * (z - y))
+    else:
+        next_x = lerp(x, next_z, n.ckp1)
+        leaf["x"].copy_(next_x)
+        next_y = lerp(next_x, next_z, n.z_in_next_y)
+    leaf["z"].copy_(next_z)
+    param.copy_(next_y)
+    if "y" in leaf:
+        leaf["y"].copy_(next_y)
+
+
+def _displacement(
+    leaf: Leaf, g: Tensor, y: Tensor, z: Tensor, x: Tensor | None, n: Numbers
+) -> Tensor:
+    """``lr d + decay p``; moves the moments."""
+    direction = g
+    if "exp_avg" in leaf:
+        m = leaf["exp_avg"].to(g.dtype)
+        direction = lerp(m, g, n.m_weight)
+        leaf["exp_avg"].copy_(direction)
+    if "exp_avg_sq" in leaf:
+        square = (g * g.conj()).real if g.is_complex() else g * g
+        v = lerp(leaf["exp_avg_sq"].to(square.dtype), square, n.v_weight)
+        leaf["exp_avg_sq"].copy_(v)
+        direction = direction / (n.root * v.sqrt() + n.eps)
+    displacement = n.lr * direction
+    if n.decay_at and not n.decay_moves_x:
+        if x is None:
+            x = lerp(y, z, n.z_in_x)
+        displacement = displacement + n.decay * {"y": y, "z": z, "x": x}[n.decay_at]
+    return displacement
+
+
+def _shrunk(
+    y: Tensor, z: Tensor, x: Tensor | None, n: Numbers
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y, z and x after z or y has shrunk and the other has not; x is what they imply."""
+    if n.decay_at == "z":
+        if x is not None:
+            x = x - n.decay * n.z_in_x * z
+        return y, z - n.decay * z, x
+    if x is not None:
+        x = x - n.decay * (1 - n.z_in_x) * y
+    return y - n.decay * y, z, x
+
+
+def lerp(a: Tensor, b: Tensor, weight: Number) -> Tensor:
+    """``a + weight (b - a)``, exactly b where the weight is 1."""
+    if not isinstance(weight, Tensor):
+        return torch.lerp(a, b, weight)
+    way = b - a
+    return torch.where(weight < 0.5, a + weight * way, b - (1 - weight) * way)
+
+
+def recover_x(y: Tensor, z: Tensor, b1: float) -> Tensor:
+    """x from y and z, in the dtype of arithmetic."""
+    dtype = wide_dtype(y.dtype, z.dtype)
+    return torch.lerp(y.to(dtype), z.to(dtype), 1 - 1 / b1)
+
+
+def recover_y(x: Tensor, z: Tensor, b1: float) -> Tensor:
+    """y from x and z, in the dtype of arithmetic."""
+    dtype = wide_dtype(x.dtype, z.dtype)
+    return torch.lerp(x.to(dtype), z.to(dtype), 1 - b1)
