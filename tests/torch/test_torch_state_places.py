@@ -78,7 +78,7 @@ def test_a_flattened_checkpoint_keeps_the_moments_of_the_base():
     )
     states = [optimizer.state_dict()["state"] for optimizer in optimizers]
     assert identical(*states)
-    assert states[1][0].keys() == {"z", "step", "exp_avg", "exp_avg_sq"}
+    assert states[1][0].keys() == {"y", "z", "step", "exp_avg", "exp_avg_sq"}
     for model, optimizer in zip(models, optimizers, strict=True):
         train(model, optimizer, range(4, 8))
     assert identical(values(models[0]), values(models[1]))
