@@ -15,10 +15,10 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from sf_torch import _checks
-from sf_torch._step.schedule import Group, adam, one_minus_power, where
 from sf_torch._forms import Closure, Reference
-from sf_torch._step.numbers import Numbers
 from sf_torch._optimizer import ScheduleFree, bookkeeping
+from sf_torch._step.numbers import Numbers
+from sf_torch._step.schedule import Group, adam, one_minus_power, where
 
 
 class AdamWScheduleFree(ScheduleFree):

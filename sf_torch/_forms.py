@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sf_torch._step.schedule import Group
 from sf_torch._optimizer import ScheduleFree
+from sf_torch._step.schedule import Group
 
 
 class Reference(ScheduleFree):

@@ -26,10 +26,10 @@ from torch.optim.optimizer import ParamsT
 
 from sf_torch import _checks
 from sf_torch._adamw import AdamWScheduleFree
-from sf_torch._step.schedule import Group, one_minus_power
 from sf_torch._forms import Reference
-from sf_torch._step.numbers import Numbers
 from sf_torch._optimizer import ScheduleFree, bookkeeping
+from sf_torch._step.numbers import Numbers
+from sf_torch._step.schedule import Group, one_minus_power
 
 
 class AdamCScheduleFreePlus(AdamWScheduleFree):

@@ -71,7 +71,9 @@ class Plan:
         )
         self.sharded = any(local(p) is not p for p in params)
         self.addresses = [
-            _addresses([leaf[row] for leaf in leaves]) for row in self.rows if self.lasts
+            _addresses([leaf[row] for leaf in leaves])
+            for row in self.rows
+            if self.lasts
         ]
         grads = self._local(grads)
         self.grad_kinds = _kinds(grads)
@@ -108,7 +110,6 @@ class Plan:
         grads = self._local(grads)
         for executor in self.executors:
             executor.step(n, grads)
-
 
     def captured(self) -> list[Any]:
         """What a CUDA graph that is being made of the step will read."""
@@ -167,4 +168,3 @@ def _kinds(tensors: Sequence[Tensor]) -> list[Any]:
     if all(map(Tensor.is_contiguous, tensors)):
         return dtypes
     return [*dtypes, *map(Tensor.stride, tensors)]
-

@@ -79,8 +79,8 @@ class Lists:
         self.means, self.vs = rows.get("exp_avg"), rows.get("exp_avg_sq")
         self.kept_ys, self.next_zs = rows.get("y"), rows.get("next_z")
         # None: the parameters are roundings of y, which x and z give.
-        self.ys = None if self.xs and is_master(first["z"], first["param"]) else (
-            self.params
+        self.ys = (
+            None if self.xs and is_master(first["z"], first["param"]) else (self.params)
         )
         self.counts: list[Tensor] = []
         if one_pass:
@@ -174,7 +174,7 @@ class Lists:
     def _move_y(self, old_zs: list[Tensor], n: Numbers) -> None:
         """y in place, z having moved; ``old_zs`` is overwritten.
 
-            y' = y + to_step z' + (to_z - to_step) z - to_z y
+        y' = y + to_step z' + (to_z - to_step) z - to_z y
         """
         ys, zs = self.params, self.zs
         if self.one_pass and n.to_step:

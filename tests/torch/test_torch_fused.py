@@ -12,8 +12,7 @@ import torch
 
 import sf_torch
 from sf_torch import _optimizer
-from sf_torch._step import dispatch
-from sf_torch._step import fused
+from sf_torch._step import dispatch, fused
 
 pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

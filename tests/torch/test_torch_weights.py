@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sf_torch
-from sf_torch._averaging import polynomial_weight
+from sf_torch._step.schedule import polynomial_weight
 
 FORMS = [float, lambda value: torch.tensor(value, dtype=torch.float64)]
 
