@@ -5,8 +5,8 @@ parameter holds ``z``, and ``x`` where y does not determine it: for parameters
 narrower than float32, whose state is the float32 master, for β = 0, and on request.
 
 An optimizer is a choice for four seams, each a method: the base step
-(:meth:`ScheduleFree._base_numbers`), the step size (:meth:`ScheduleFree._step_size`), the
-averaging weight (:meth:`ScheduleFree._weight`) and the interpolation
+(:meth:`ScheduleFree._base_numbers`), the step size (:meth:`ScheduleFree._step_size`),
+the averaging weight (:meth:`ScheduleFree._weight`) and the interpolation
 (:meth:`ScheduleFree._beta`). Each sees the group's counters in a draft, which becomes
 the group's own when all arrays have moved.
 

@@ -70,11 +70,8 @@ class Plan:
             tuple(leaf) == self.rows for leaf in leaves
         )
         self.sharded = any(local(p) is not p for p in params)
-        self.addresses = [
-            _addresses([leaf[row] for leaf in leaves])
-            for row in self.rows
-            if self.lasts
-        ]
+        columns = [[leaf[r] for leaf in leaves] for r in self.rows if self.lasts]
+        self.addresses = [_addresses(column) for column in columns]
         grads = self._local(grads)
         self.grad_kinds = _kinds(grads)
         self.executors = _executors(leaves, grads, way, scratch)

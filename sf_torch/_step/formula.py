@@ -91,7 +91,7 @@ def _displacement(
 def _shrunk(
     y: Tensor, z: Tensor, x: Tensor | None, n: Numbers
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y, z and x after z or y has shrunk and the other has not; x is what they imply."""
+    """z or y made smaller, the other as it is, and x what the two imply."""
     if n.decay_at == "z":
         if x is not None:
             x = x - n.decay * n.z_in_x * z

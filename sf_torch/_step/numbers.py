@@ -72,7 +72,7 @@ class Numbers(NamedTuple):
         )
 
     def as_tensor(self, device: torch.device) -> Tensor:
-        """Those of :data:`NAMES` in one float64 tensor, which no step size overflows."""
+        """Those of :data:`NAMES` together, in float64: no step size overflows it."""
         numbers = [getattr(self, name) for name in NAMES]
         if not any(isinstance(number, Tensor) for number in numbers):
             there = torch.tensor(numbers, dtype=torch.float64)

@@ -41,13 +41,14 @@ def step(rows, dtype=torch.float32, aligned=True):
         GRAD=TYPES[dtype],
         MASTER=dtype != torch.float32,
         DECAY_AT="y",
+        DECAY_MOVES_X=False,
         ALIGNED=aligned,
         **numbered,
     )
 
 
 def switch(to_x):
-    numbers = {"n": "i32", "from_y": "fp32", "from_x": "fp32"}
+    numbers = {"n": "i32", "z_in_x": "fp32", "z_in_y": "fp32"}
     signature = {"table": "*i64", "blocks": "*i64", **numbers}
     return compiled(switch_kernel, signature, TO_X=to_x, ALIGNED=True)
 

@@ -147,7 +147,7 @@ def state_is_sharded(rank, folder):
     model, optimizer = sharded("adamw")
     train(model, optimizer, 1, rank=rank)
     for p, state in optimizer.state.items():
-        for value in state.values():
+        for value in filter(torch.is_tensor, state.values()):
             assert value.placements == p.placements
             assert value.to_local().shape == p.to_local().shape
 
