@@ -1,6 +1,7 @@
 """State lies where PyTorch looks for it, on its parameter's device, or is refused."""
 
 import copy
+import math
 
 import pytest
 import schedulefree
@@ -313,27 +314,37 @@ def test_the_state_of_an_optimizer_that_is_not_schedule_free_is_refused(name, si
 
 @pytest.mark.parametrize("upstream_compatible", [True, False])
 def test_a_group_added_late_takes_the_polyak_step_of_all(upstream_compatible):
-    """One ê for all groups: each moves z by lr_k along its own direction."""
-    p, late = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    """lr_k = lr max(0, f + β Σ g·(z - x)) / ê, with sums and ê over all groups."""
+    lr, mean_over, b1, loss = 0.5, 0.9, 0.8, 1.0
+    p, late = (torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2))
     optimizer = sf_torch.AdamCScheduleFreePlus(
-        [p], lr=0.5, polyak_beta=0.9, upstream_compatible=upstream_compatible
+        [p],
+        lr=lr,
+        polyak_beta=mean_over,
+        sf_beta1=b1,
+        upstream_compatible=upstream_compatible,
     )
     optimizer.train()
-
-    def step(loss, slope, params):
-        for q in params:
-            q.grad = torch.full((3,), slope)
+    e = 0.0
+    for k in range(13):
+        slope, params = (2.0, [p]) if k < 10 else (0.1, [p, late])
+        if k == 10:
+            optimizer.add_param_group({"params": [late]})
+        inner = 0.0
+        xs = optimizer.eval_params()
+        for q, x in zip(params, xs, strict=True):
+            q.grad = torch.full_like(q, slope)
+            z = optimizer.state[q].get("z", q.detach())
+            inner += b1 * slope * float((z - x).sum())
+        size = math.sqrt(math.pi / 2) * slope * 3 * len(params)
+        e = mean_over * e + (1 - mean_over) * size
+        corrected = e / (1 - mean_over ** (k + 1))
+        if upstream_compatible:
+            e = corrected  # which the published code keeps as its mean
         optimizer.step_func(function_value=loss)
-
-    for _ in range(10):
-        step(1.0, 2.0, [p])
-    optimizer.add_param_group({"params": [late]})
-    step(1.0, 0.1, [p, late])
-    sizes = [group["scheduled_lr"] for group in optimizer.param_groups]
-    assert sizes[0] == sizes[1] > 0
-    step(1.0, 0.1, [p, late])
-    sizes = [group["scheduled_lr"] for group in optimizer.param_groups]
-    assert sizes[0] == sizes[1] > 0
+        right = lr * max(0.0, loss + inner) / corrected
+        for group in optimizer.param_groups:
+            assert group["scheduled_lr"] == pytest.approx(right, rel=1e-9)
 
 
 def test_plus_has_one_polyak_beta():
