@@ -1,8 +1,12 @@
-"""Compiles the fused kernels for a GPU that need not be there, and counts in PTX.
+"""Compiles the fused kernels for GPUs that need not be there, and counts in PTX.
 
-``python tests/ptx.py`` prints, for each kernel of :data:`KERNELS`, the bytes that it
-moves an element, the narrowest access to an array, and its stack. A program of its
-own: in the process of the tests Triton interprets.
+``python tests/torch/ptx.py sm_90 float32`` prints what it counted of every kernel that
+a member of the family launches over such parameters, a line of JSON each. A program of
+its own: in the process of the tests Triton interprets.
+
+All that tests of compiled kernels know of how sf_torch makes its step stands here:
+that two kernels are launched from :mod:`sf_torch._step.fused`, and what their constants
+mean.
 """
 
 import json
@@ -10,103 +14,159 @@ import re
 import subprocess
 import sys
 import tempfile
+from itertools import product
+from unittest import mock
 
 import torch
 import triton
+from members import MEMBERS, build
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sf_torch._step.launch import BLOCK, ROWS
-from sf_torch._step.triton_kernels import TYPES, step_kernel, switch_kernel
+from sf_torch._step import fused as launcher
+from sf_torch._step.launch import BLOCK
 
 THREADS = 4 * 32  # Triton's default, four warps
-H100 = GPUTarget("cuda", 90, 32)
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+KERNELS = {name: getattr(launcher, name) for name in ("step_kernel", "switch_kernel")}
+POINTERS = {torch.int64: "*i64", torch.float64: "*fp64"}
 
 
-def step(rows, dtype=torch.float32, aligned=True):
-    """The step over these rows of the table."""
-    numbered = {
-        f"{short}_ROW": rows.index(row) if row in rows else -1
-        for short, row in zip(("PARAM", "Z", "X", "Y", "V", "M"), ROWS, strict=True)
-    }
-    return compiled(
-        step_kernel,
-        {
-            **dict.fromkeys(("table", "grads", "blocks"), "*i64"),
-            "numbers": "*fp64",
-            "n": "i32",
-        },
-        SIZE_ROW=len(rows),
-        PARAM=TYPES[dtype],
-        GRAD=TYPES[dtype],
-        MASTER=dtype != torch.float32,
-        DECAY_AT="y",
-        DECAY_MOVES_X=False,
-        ALIGNED=aligned,
-        **numbered,
-    )
+class Recorder:
+    """Stands in for a kernel: notes what it is launched with, and launches nothing."""
+
+    def __init__(self, name, seen):
+        self.name, self.seen = name, seen
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *arguments, enable_fp_fusion, **constants):
+        assert enable_fp_fusion  # as it is compiled below
+        kernel = KERNELS[self.name]
+        given = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
+        fixed = {p.name: given[p.name] for p in kernel.params if p.is_constexpr}
+        types = {
+            p.name: kind(given[p.name]) for p in kernel.params if p.name not in fixed
+        }
+        launched = (self.name, tuple(types.items()), tuple(fixed.items()))
+        if launched not in self.seen:
+            self.seen.append(launched)
 
 
-def switch(to_x):
-    numbers = {"n": "i32", "z_in_x": "fp32", "z_in_y": "fp32"}
-    signature = {"table": "*i64", "blocks": "*i64", **numbers}
-    return compiled(switch_kernel, signature, TO_X=to_x, ALIGNED=True)
+def kind(argument):
+    if isinstance(argument, torch.Tensor):
+        return POINTERS[argument.dtype]
+    return "i32" if isinstance(argument, int) else "fp32"
 
 
-def compiled(kernel, signature, **constants):
-    constants["BLOCK"] = BLOCK
-    types = {**signature, **dict.fromkeys(constants, "constexpr")}
-    names = kernel.arg_names
+def launched_by(names, dtypes, aligned=True):
+    """Every kernel, with its constants, that these members launch."""
+    seen = []
+    recorders = {name: Recorder(name, seen) for name in KERNELS}
+    with (
+        mock.patch.multiple(launcher, **recorders),
+        # Else the kernels are not for the CPU. They are compiled all the same: whether
+        # to interpret is settled when a kernel is defined.
+        mock.patch.object(triton.knobs.runtime, "interpret", True),
+    ):
+        for name, dtype in product(names, dtypes):
+            ones = torch.ones(32 if aligned else 33, dtype=DTYPES[dtype])
+            p = torch.nn.Parameter(ones)
+            optimizer = build(name, [p], fused=True)
+            p.grad = torch.ones_like(p)
+            optimizer.step(lambda: 1.0)
+            optimizer.eval()
+            optimizer.train()
+    return seen
+
+
+def compiled(launched, target):
+    name, types, fixed = launched
+    kernel = KERNELS[name]
+    names, fixed = kernel.arg_names, dict(fixed)
+    types = dict(types) | dict.fromkeys(fixed, "constexpr")
     source = ASTSource(
         fn=kernel,
         signature={name: types[name] for name in names},
-        constexprs={(names.index(k),): v for k, v in constants.items()},
+        constexprs={(names.index(k),): v for k, v in fixed.items()},
         attrs={
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(names)
             if types[name].startswith("*")
         },
     )
-    return triton.compile(source, target=H100)
+    options = {"enable_fp_fusion": True}
+    return triton.compile(source, target=target, options=options)
 
 
-def facts(kernel):
-    ptx = kernel.asm["ptx"]
+def facts(launched, target):
+    kernel = compiled(launched, target)
     # Under a mask: the others are addresses and numbers, the same for all threads.
     widths = [
         int(count or 1) * int(bits) // 8
         for count, bits in re.findall(
-            r"@%p\d+ (?:ld|st)\.global(?:\.v(\d))?\.b(\d+)", ptx
+            r"@%p\d+ (?:ld|st)\.global(?:\.v(\d))?\.b(\d+)", kernel.asm["ptx"]
         )
     ]
+    registers, stack = usage(kernel.asm["cubin"])
     return {
+        **described(launched),
         "bytes": sum(widths) * THREADS / BLOCK,
         "narrowest": min(widths),
-        "stack": stack(kernel.asm["cubin"]),
+        "registers": registers,
+        "stack": stack,
     }
 
 
-def stack(cubin):
-    """Bytes a thread, where registers are spilled to."""
+def described(launched):
+    """The kernel, and what it has to move of each element."""
+    name, _, fixed = launched
+    fixed = dict(fixed)
+    if name == "switch_kernel":
+        to = "x" if fixed["TO_X"] else "y"
+        # y and z are read, x and the kept y written; or all read, and y written.
+        return {"kernel": f"to {to}", "least": 4 * 4, "aligned": fixed["ALIGNED"]}
+    rows = [row for row in "XYVM" if fixed[f"{row}_ROW"] >= 0]
+    width = fixed["PARAM"].primitive_bitwidth // 8
+    # y lies between x and z, where these are stored: only a decay at y reads it then.
+    reads_y = "X" not in rows or (fixed["DECAY_AT"] == "y" and not fixed["MASTER"])
+    moved = width * (1 + reads_y) + width  # and the gradient
+    moved += 2 * 4 + sum(4 if row == "Y" else 2 * 4 for row in rows)
+    parts = ["z", *rows, str(fixed["PARAM"])]
+    if fixed["DECAY_AT"]:
+        parts.append(f"decay at {fixed['DECAY_AT']}")
+    kernel = ", ".join(parts).lower()
+    return {"kernel": kernel, "least": moved, "aligned": fixed["ALIGNED"]}
+
+
+def usage(cubin):
+    """Registers a thread, and bytes of stack, where registers are spilled to."""
     program = triton.knobs.nvidia.cuobjdump.path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [program, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(re.search(r"STACK:(\d+)", usage.stdout)[1])
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [
+        int(re.search(rf"{key}:(\d+)", found.stdout)[1]) for key in ("REG", "STACK")
+    ]
 
 
-ADAMW = ("param", "z", "exp_avg_sq")
-KERNELS = {
-    "sgd": lambda: step(("param", "z")),
-    "adamw": lambda: step(ADAMW),
-    "adamw_momentum": lambda: step((*ADAMW, "exp_avg")),
-    "adamw_bfloat16": lambda: step(("param", "z", "x", "exp_avg_sq"), torch.bfloat16),
-    "adamw_unaligned": lambda: step(ADAMW, aligned=False),
-    "to_x": lambda: switch(True),
-    "to_y": lambda: switch(False),
-}
+def main(words):
+    dtypes = [word for word in words if word in DTYPES]
+    fused = [name for name in MEMBERS if "Wrapper" not in name]
+    launched = launched_by(fused, dtypes)
+    launched += launched_by(["AdamWScheduleFree"], dtypes, aligned=False)
+    for architecture in (word for word in words if word not in DTYPES):
+        target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+        for each in launched:
+            print(json.dumps({"architecture": architecture, **facts(each, target)}))
+
 
 if __name__ == "__main__":
-    json.dump({name: facts(kernel()) for name, kernel in KERNELS.items()}, sys.stdout)
+    main(sys.argv[1:])
