@@ -1,39 +1,8 @@
-"""The parity matrix, the replay of recorded runs and a long run, from the command line.
+"""``python -m parity_tests``; the commands are in :mod:`parity_tests.cli`."""
 
-    python -m parity_tests matrix --report out/parity
-    python -m parity_tests matrix --case 'adamw/*' --steps 50 --device gpu
-    python -m parity_tests replay run.safetensors
-    python -m parity_tests long-run
-
-Also installed as ``sf-parity``.
-"""
-
-import argparse
 import sys
-from collections.abc import Sequence
 
-from parity_tests import long_run, matrix, replay
-
-# Each has add_arguments(parser) and run(arguments) -> exit status.
-COMMANDS = {"matrix": matrix, "replay": replay, "long-run": long_run}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; its exit status is 1 where two implementations part."""
-    parser = argparse.ArgumentParser(
-        prog="sf-parity",
-        description="Holds sf_jax and sf_torch against a float64 reference, against "
-        "Meta's schedulefree and against each other, step by step.",
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, module in COMMANDS.items():
-        text = (module.__doc__ or "").strip().split("\n\n")
-        command = commands.add_parser(name, help=text[0], description="\n\n".join(text))
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    arguments = parser.parse_args(argv)
-    return arguments.run(arguments)
-
+from parity_tests.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from parity_tests import in_torch, tolerances
-from parity_tests.cases import CASES
-from parity_tests.harness import run
-from parity_tests.trajectory import Trajectory, compare
+from parity_tests.compare import tolerances
+from parity_tests.compare.harness import run
+from parity_tests.compare.trajectory import Trajectory, compare
+from parity_tests.registry import CASES
+from parity_tests.runners import in_torch
 
 BY_NAME = {case.name: case for case in CASES}
 BEFORE, AFTER = range(60), range(60, 160)

@@ -19,9 +19,9 @@ import torch
 import sf_jax
 import sf_torch
 from parity_tests import reference
-from parity_tests.family import FAMILY, FamilyOptions
-from parity_tests.optimizers import OPTIMIZERS
-from parity_tests.options import Linear, Options
+from parity_tests.registry.family import FAMILY, FamilyOptions
+from parity_tests.registry.optimizers import OPTIMIZERS
+from parity_tests.registry.options import Linear, Options
 
 Tree = dict[str, np.ndarray]
 

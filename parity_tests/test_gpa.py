@@ -19,9 +19,10 @@ import torch
 
 import sf_jax
 import sf_torch
-from parity_tests import reference, reference_family
-from parity_tests.family import FAMILY, FamilyOptions
-from parity_tests.optimizers import OPTIMIZERS
+from parity_tests import reference
+from parity_tests.reference import family as reference_family
+from parity_tests.registry.family import FAMILY, FamilyOptions
+from parity_tests.registry.optimizers import OPTIMIZERS
 
 GOLDEN = Path(__file__).parent / "golden"
 LEAVES = ("a", "b", "c")

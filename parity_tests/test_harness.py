@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from parity_tests import tolerances
-from parity_tests.case import Case
-from parity_tests.cases import CASES
-from parity_tests.gradients import rounded
-from parity_tests.harness import run
-from parity_tests.trajectory import Trajectory, compare, curve, wide
+from parity_tests.compare import tolerances
+from parity_tests.compare.harness import run
+from parity_tests.compare.trajectory import Trajectory, compare, curve, wide
+from parity_tests.registry import CASES
+from parity_tests.registry.case import Case
+from parity_tests.registry.gradients import rounded
 
 BY_NAME = {case.name: case for case in CASES}
 VOICES = ("jax scan", "torch")

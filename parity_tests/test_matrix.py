@@ -7,9 +7,9 @@ import re
 
 import pytest
 
-from parity_tests import matrix
-from parity_tests.__main__ import main
-from parity_tests.cases import CASES
+from parity_tests.cli import matrix
+from parity_tests.cli.main import main
+from parity_tests.registry import CASES
 
 FEW = ["matrix", "--case", "sgd/[dw][ea]*", "--steps", "12"]  # decay_*, warmup
 

@@ -14,10 +14,12 @@ from optax import contrib
 
 import sf_jax
 import sf_torch
-from parity_tests import harness, long_run, reference
-from parity_tests.cases import CASES
-from parity_tests.optimizers import OPTIMIZERS
-from parity_tests.options import Options
+from parity_tests import reference
+from parity_tests.cli import long_run
+from parity_tests.compare import harness
+from parity_tests.registry import CASES
+from parity_tests.registry.optimizers import OPTIMIZERS
+from parity_tests.registry.options import Options
 
 BY_NAME = {case.name: case for case in CASES}
 FIDELITY_STEPS = 4000

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 import sf_jax
 from parity_tests import reference
-from parity_tests.optimizers import OPTIMIZERS
-from parity_tests.options import Options
+from parity_tests.registry.optimizers import OPTIMIZERS
+from parity_tests.registry.options import Options
 
 Tree = dict[str, np.ndarray]
 

@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 
 import sf_torch
-from parity_tests import replay
-from parity_tests.__main__ import main as command_line
+from parity_tests.cli import replay
+from parity_tests.cli.main import main as command_line
 from sf_torch import record
 
 LR, WARMUP, DECAY, STEPS = 0.02, 10, 0.1, 30

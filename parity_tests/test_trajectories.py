@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from parity_tests import tolerances
-from parity_tests.case import Case
-from parity_tests.cases import CASES
-from parity_tests.harness import VOICES, check, comparisons, unsupported
+from parity_tests.compare import tolerances
+from parity_tests.compare.harness import VOICES, check, comparisons, unsupported
+from parity_tests.registry import CASES
+from parity_tests.registry.case import Case
 
 OURS = {"sf_jax", "sf_torch"}
 

@@ -12,7 +12,7 @@ from flax import nnx, serialization
 from jax.sharding import PartitionSpec as P
 
 import sf_jax
-from parity_tests.cases import CASES
+from parity_tests.registry import CASES
 from sf_jax import _averaging, _schedule_free
 
 # One row of the registry for each optimizer.

@@ -141,7 +141,7 @@ def test_steps_of_two_processes_in_one_record_are_refused(tmp_path):
 
 
 def test_replay_says_what_is_damaged(tmp_path, capsys):
-    from parity_tests.__main__ import main
+    from parity_tests.cli.main import main
 
     path = tmp_path / "run.safetensors"
     recorded(path)

@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import sf_torch
-from parity_tests.family import FAMILY, FamilyOptions
-from parity_tests.optimizers import OPTIMIZERS
 from parity_tests.reference import ScheduleFree
+from parity_tests.registry.family import FAMILY, FamilyOptions
+from parity_tests.registry.optimizers import OPTIMIZERS
 from sf_torch._step import fused
 
 LR = 0.01

@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from parity_tests.options import Options
 from parity_tests.reference import Leaves
+from parity_tests.registry.options import Options
 from sf_torch import read_record
 
 # The names in PyTorch that a row of OPTIMIZERS goes by, whatever their form.

@@ -1,7 +1,7 @@
 """Every optimizer of the registry, and how each framework spells its options.
 
 One row of :data:`OPTIMIZERS` per optimizer; the option sets they are run with are in
-:mod:`parity_tests.cases`.
+:mod:`parity_tests.registry`.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from optax import GradientTransformation, contrib
 import sf_jax
 import sf_torch
 from parity_tests import reference
-from parity_tests.options import Options, function
 from parity_tests.reference import Seams
+from parity_tests.registry.options import Options, function
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from parity_tests import tolerances
+from parity_tests.compare import tolerances
 
 SEQUENCES = ("y", "x", "z")
 

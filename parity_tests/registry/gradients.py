@@ -115,7 +115,7 @@ class Recorded(Stream):
 @functools.cache
 def recorded(name: str) -> dict[str, np.ndarray]:
     """A golden file: init/LEAF, and grad/LEAF, y/LEAF, x/LEAF, z/LEAF by step."""
-    with np.load(pathlib.Path(__file__).parent / "golden" / f"{name}.npz") as file:
+    with np.load(pathlib.Path(__file__).parents[1] / "golden" / f"{name}.npz") as file:
         return dict(file)
 
 

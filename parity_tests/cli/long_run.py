@@ -25,8 +25,8 @@ from optax import contrib
 
 import sf_jax
 from parity_tests import reference
-from parity_tests.optimizers import OPTIMIZERS
-from parity_tests.options import Options
+from parity_tests.registry.optimizers import OPTIMIZERS
+from parity_tests.registry.options import Options
 
 WEIGHTS = 512
 STEPS = 20_000
@@ -36,7 +36,7 @@ SETTINGS = {
     "sgd": Options(lr=0.1, weight_decay=0.1),
     "radam": Options(lr=0.01, weight_decay=0.1),
 }
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 NAMES = {"sf_jax": "sf_jax", "sf_torch": "sf_torch", "meta": "schedulefree 1.4.1"}
 NAMES["optax"] = "optax.contrib"
 

@@ -1,7 +1,7 @@
 """Runs cases in voices, and says how far they are from what they should equal.
 
->>> from parity_tests.cases import CASES
->>> from parity_tests.harness import check
+>>> from parity_tests.registry import CASES
+>>> from parity_tests.compare.harness import check
 >>> outcome = check(CASES[0], "jax scan", "reference", steps=20)
 >>> outcome.ok
 True
@@ -12,11 +12,13 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from parity_tests import in_jax, in_torch, reference, tolerances
-from parity_tests.case import STEPS, Case
-from parity_tests.gradients import recorded
-from parity_tests.tolerances import Limit
-from parity_tests.trajectory import SEQUENCES, Distance, Trajectory, compare
+from parity_tests import reference
+from parity_tests.compare import tolerances
+from parity_tests.compare.tolerances import Limit
+from parity_tests.compare.trajectory import SEQUENCES, Distance, Trajectory, compare
+from parity_tests.registry.case import STEPS, Case
+from parity_tests.registry.gradients import recorded
+from parity_tests.runners import in_jax, in_torch
 
 Pair = tuple[str, str]  # (voice, the voice it is compared with)
 

@@ -1,18 +1,18 @@
 """The registry: one :class:`Case` per optimizer and option set.
 
 The tests and the command line are driven by :data:`CASES`. The optimizers themselves
-are rows of :mod:`parity_tests.optimizers`; what a package can't run is in
-:data:`parity_tests.case.LACKS`.
+are rows of :mod:`parity_tests.registry.optimizers`; what a package can't run is in
+:data:`parity_tests.registry.case.LACKS`.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
-from parity_tests.case import Case, Groups
-from parity_tests.family import FAMILY, FAMILY_CASES
-from parity_tests.gradients import NETWORK, Tree
-from parity_tests.optimizers import OPTIMIZERS
-from parity_tests.options import Linear, Options
+from parity_tests.registry.case import Case, Groups
+from parity_tests.registry.family import FAMILY, FAMILY_CASES
+from parity_tests.registry.gradients import NETWORK, Tree
+from parity_tests.registry.optimizers import OPTIMIZERS
+from parity_tests.registry.options import Linear, Options
 
 # A matrix, a scalar and a leaf with nothing in it. Compiling takes most of the time,
 # and takes longer with every leaf.

@@ -1,7 +1,7 @@
 """The registry's rows for what came after the first paper.
 
 :data:`FAMILY` has the optimizers, :data:`FAMILY_CASES` the option sets that they are
-run with; :mod:`parity_tests.cases` takes them up.
+run with; :mod:`parity_tests.registry` takes them up.
 """
 
 import dataclasses
@@ -14,11 +14,12 @@ from optax.contrib import MuonDimensionNumbers
 
 import sf_jax
 import sf_torch
-from parity_tests import reference, reference_family
-from parity_tests.gradients import NETWORK, Tree
-from parity_tests.optimizers import Optimizer
-from parity_tests.options import Linear, Options, function
+from parity_tests import reference
 from parity_tests.reference import PolynomialAverage, Seams
+from parity_tests.reference import family as reference_family
+from parity_tests.registry.gradients import NETWORK, Tree
+from parity_tests.registry.optimizers import Optimizer
+from parity_tests.registry.options import Linear, Options, function
 
 
 @dataclasses.dataclass(frozen=True)

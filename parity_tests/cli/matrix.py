@@ -18,12 +18,19 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from parity_tests import report
-from parity_tests.case import STEPS, Case
-from parity_tests.cases import CASES
-from parity_tests.harness import VOICES, Outcome, Pair, check, comparisons, unsupported
-from parity_tests.harness import run as run_voice
-from parity_tests.table import WIDTH, table
+from parity_tests.cli import report
+from parity_tests.cli.table import WIDTH, table
+from parity_tests.compare.harness import (
+    VOICES,
+    Outcome,
+    Pair,
+    check,
+    comparisons,
+    unsupported,
+)
+from parity_tests.compare.harness import run as run_voice
+from parity_tests.registry import CASES
+from parity_tests.registry.case import STEPS, Case
 
 # What --device means: where JAX runs, and where PyTorch does (None: nowhere).
 DEVICES: dict[str, dict[str, str | None]] = {

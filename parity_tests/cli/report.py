@@ -15,9 +15,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from parity_tests.case import Case
-from parity_tests.harness import VOICES, Outcome, run
-from parity_tests.trajectory import SEQUENCES, curve
+from parity_tests.compare.harness import VOICES, Outcome, run
+from parity_tests.compare.trajectory import SEQUENCES, curve
+from parity_tests.registry.case import Case
 
 _PACKAGES = ("jax", "optax", "torch", "schedulefree", "numpy")
 _COLOURS = {"sf_jax": "#3b6fd4", "sf_torch": "#e2621b", "meta": "#8a919c"}

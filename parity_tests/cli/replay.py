@@ -23,12 +23,13 @@ from rich.console import Console
 from rich.table import Table
 
 import sf_jax
-from parity_tests import reference, tolerances
-from parity_tests.hypotheses import HYPOTHESES, Hypothesis, plain
-from parity_tests.optimizers import OPTIMIZERS
-from parity_tests.recorded_run import Group, Run
+from parity_tests import reference
+from parity_tests.compare import tolerances
+from parity_tests.compare.hypotheses import HYPOTHESES, Hypothesis, plain
+from parity_tests.compare.trajectory import wide
 from parity_tests.reference import Leaves
-from parity_tests.trajectory import wide
+from parity_tests.registry.optimizers import OPTIMIZERS
+from parity_tests.runners.recorded_run import Group, Run
 from sf_jax import torch_checkpoint
 
 _LIMIT_STEPS = 300  # what tolerances.py speaks of; rounding adds up with the steps

@@ -8,8 +8,8 @@ import optax
 from optax import contrib
 
 import sf_jax
-from parity_tests.case import Case
-from parity_tests.trajectory import Trajectory, wide
+from parity_tests.compare.trajectory import Trajectory, wide
+from parity_tests.registry.case import Case
 
 _STATES = (sf_jax.ScheduleFreeState, contrib.ScheduleFreeState)
 

@@ -4,10 +4,17 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from parity_tests.gradients import Network, Recorded, Stream, Tree, initial, recorded
-from parity_tests.optimizers import Optimizer
-from parity_tests.options import Options
-from parity_tests.tolerances import Limit
+from parity_tests.compare.tolerances import Limit
+from parity_tests.registry.gradients import (
+    Network,
+    Recorded,
+    Stream,
+    Tree,
+    initial,
+    recorded,
+)
+from parity_tests.registry.optimizers import Optimizer
+from parity_tests.registry.options import Options
 
 STEPS = 300
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import ml_dtypes
 
-from parity_tests.optimizers import OPTIMIZERS
-from parity_tests.recorded_run import Group
 from parity_tests.reference import Now, Seams
+from parity_tests.registry.optimizers import OPTIMIZERS
+from parity_tests.runners.recorded_run import Group
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What `python -m parity_tests` does, one file a command."""

@@ -1,0 +1,1 @@
+"""Runs one case in one voice: NumPy, JAX or PyTorch."""
