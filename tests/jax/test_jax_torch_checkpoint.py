@@ -291,9 +291,10 @@ COMBINATORS = {
     ),
     "multi_steps": lambda tx: optax.MultiSteps(tx, 1),
     "finite": lambda tx: optax.apply_if_finite(tx, 3),
-    "injected": lambda tx: optax.inject_hyperparams(sf_jax.schedule_free_adamw)(
-        LR, WARMUP, weight_decay=DECAY
-    ),
+    # An injected b1 would keep x, which is then not rounded as it is in y.
+    "injected": lambda tx: optax.inject_hyperparams(
+        sf_jax.schedule_free_adamw, static_args=("b1",)
+    )(LR, WARMUP, weight_decay=DECAY),
 }
 
 
