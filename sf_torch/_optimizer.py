@@ -185,7 +185,7 @@ class ScheduleFree(torch.optim.Optimizer):
         state = self.state.get(p)
         if not state or "z" not in state:
             return p  # has not moved yet: x, y and z are one
-        self._bring(p, group)
+        self._bring(p, self._arrays(group))
         if "x" in state:
             return state["x"]
         if not group["train_mode"]:
@@ -209,22 +209,23 @@ class ScheduleFree(torch.optim.Optimizer):
         Without z a parameter has not moved yet: its x, y and z are one.
         """
         moved = [p for p in group["params"] if "z" in self.state.get(p, ())]
-        return [(p, self._bring(p, group)) for p in moved]
+        keys = self._arrays(group)
+        return [(p, self._bring(p, keys)) for p in moved]
 
-    def _bring(self, p: Tensor, group: Group) -> dict[str, Any]:
+    def _bring(self, p: Tensor, keys: tuple[str, ...]) -> dict[str, Any]:
         """Moves the state of a parameter to the parameter's device; returns it.
 
         ``module.to(device)`` moves parameters and leaves their state behind.
         """
-        state = self.state[p]
-        for key in self._arrays(group):
-            if key in state and state[key].device != p.device:
-                state[key] = state[key].to(p.device)
+        state, device = self.state[p], p.device
+        for key in keys:
+            if key in state and state[key].device != device:
+                state[key] = state[key].to(device)
         return state
 
     def _state_of(self, p: Tensor, group: Group) -> dict[str, Tensor]:
         """The state of a parameter, made or completed where that is needed."""
-        state = self._bring(p, group)
+        state = self._bring(p, self._arrays(group))
         dtype = _state_dtype(p.dtype, group["state_dtype"])
         moments = self._moments(group)
         dtypes = dict.fromkeys(ITERATES, dtype) | dict.fromkeys(

@@ -186,8 +186,8 @@ class ScheduleFreeWrapper(ScheduleFree):
                 for p, value in live.items():
                     _hold(p, value)
 
-    def _bring(self, p: Tensor, group: Group) -> dict[str, Any]:
-        state = super()._bring(p, group)
+    def _bring(self, p: Tensor, keys: tuple[str, ...]) -> dict[str, Any]:
+        state = super()._bring(p, keys)
         for key, value in _arrays_like(p, state):
             state[key] = value.to(p.device)
         return state

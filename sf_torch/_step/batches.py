@@ -47,15 +47,17 @@ def blocks(leaves: Iterable[tuple[int, Leaf]], together: bool) -> Iterator[list[
       together: False keeps parameters apart.
     """
     waiting: dict[Any, list[Piece]] = {}
+    sizes: dict[Any, int] = {}
     for member, leaf in leaves:
         key = (*_kind(leaf), None if together else member)
         for piece in _pieces(member, leaf):
-            block = waiting.setdefault(key, [])
-            held = sum(p.leaf["z"].numel() for p in block)
-            if block and held + piece.leaf["z"].numel() > BLOCK:
-                yield block
-                block = waiting[key] = []
-            block.append(piece)
+            size = piece.leaf["z"].numel()
+            held = sizes.get(key, 0)
+            if held and held + size > BLOCK:
+                yield waiting.pop(key)
+                held = 0
+            waiting.setdefault(key, []).append(piece)
+            sizes[key] = held + size
     yield from waiting.values()
 
 
@@ -69,7 +71,7 @@ def whole(leaves: Iterable[tuple[int, Leaf]], together: bool) -> Iterator[list[P
 
 
 def _kind(leaf: Leaf) -> tuple[Any, ...]:
-    return leaf["param"].device, *((row, t.dtype) for row, t in leaf.items())
+    return leaf["param"].device, *leaf, *[t.dtype for t in leaf.values()]
 
 
 def _pieces(member: int, leaf: Leaf) -> Iterator[Piece]:

@@ -8,8 +8,6 @@ nothing is compiled anew as they change. Arithmetic is in float32.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import compress
-from operator import not_
 from typing import Any
 
 import torch
@@ -137,19 +135,13 @@ def _in_layout_of(param: Tensor, grad: Tensor) -> Tensor:
     return torch.empty_like(param, dtype=grad.dtype).copy_(grad)
 
 
-def switch(
-    lean: Sequence[Sequence[Tensor]], b1: float, to_x: bool
-) -> list[Sequence[Tensor]]:
-    """Exchanges y for x in each (param, z, kept y), or x for y.
+def switch(lean: Sequence[Leaf], b1: float, to_x: bool) -> list[Leaf]:
+    """Exchanges y for x in each leaf of "param", "z" and the kept "y", or x for y.
 
     Returns those that the kernel cannot take.
     """
-    taken = [_switches(tensors) for tensors in lean]
-    arrays = [
-        dict(zip(("param", "z", "y"), tensors, strict=True))
-        for tensors in compress(lean, taken)
-    ]
-    for launch in launches_over(arrays):
+    taken = [leaf for leaf in lean if _switches([*leaf.values()])]
+    for launch in launches_over(taken):
         launch.run(
             switch_kernel,
             launch.table,
@@ -159,7 +151,7 @@ def switch(
             1 - b1,
             TO_X=to_x,
         )
-    return list(compress(lean, map(not_, taken)))
+    return [leaf for leaf in lean if not _switches([*leaf.values()])]
 
 
 def _switches(tensors: Sequence[Tensor]) -> bool:

@@ -5,17 +5,19 @@ meanwhile: made anew from x and z it would be a rounding off, and another one at
 next switch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from sf_torch._step import fused
-from sf_torch._step.batches import BLOCK, flat, local, same_layout
-from sf_torch._step.eager import Scratch
+from sf_torch._step import batches, fused
+from sf_torch._step.batches import local, same_layout
+from sf_torch._step.eager import Scratch, Spare
 from sf_torch._step.formula import recover_x, recover_y
 
 State = dict[str, Tensor]  # of one parameter
+Lean = dict[str, Tensor]
+"""A parameter, its z and the y that is kept for it: "param", "z" and "y"."""
 
 
 class Modes:
@@ -40,16 +42,15 @@ class Modes:
                 param.copy_(state["x"])
             else:
                 state["y"] = self._empty_like(param)
-                lean.append(
-                    [local(t) for t in (param.detach(), state["z"], state["y"])]
-                )
-        for tensors in fused.switch(lean, b1, True) if fuses else lean:
-            for p, z, y in _blocks(tensors):
-                y.copy_(p)
-                if z.dtype == y.dtype:
-                    torch.lerp(y, z, 1 - 1 / b1, out=p)
-                else:
-                    p.copy_(recover_x(y, z, b1))
+                lean.append(_lean(param, state["z"], state["y"]))
+        for leaves in _lists(fused.switch(lean, b1, True) if fuses else lean):
+            ps, zs, ys = (_column(leaves, row) for row in ("param", "z", "y"))
+            torch._foreach_copy_(ys, ps)
+            if ps[0].dtype == zs[0].dtype:
+                torch._foreach_lerp_(ps, zs, 1 - 1 / b1)
+            else:
+                for p, z in zip(ps, zs, strict=True):
+                    p.copy_(recover_x(p, z, b1))
 
     def to_y(
         self, moved: Sequence[tuple[Tensor, State]], b1: float, fuses: bool
@@ -68,14 +69,28 @@ class Modes:
                 y = state.pop("y")
                 if y.is_cpu:
                     self._memory[id(param)] = y
-                lean.append([local(t) for t in (param.detach(), state["z"], y)])
-        for tensors in fused.switch(lean, b1, False) if fuses else lean:
-            for p, z, y in _blocks(tensors):
-                left = self._x(y, z, b1)
-                if p.is_cpu and torch.equal(left, p):  # elsewhere asking takes longer
-                    p.copy_(y)
-                else:
-                    p.copy_(torch.where(left == p, y, recover_y(p, z, b1)))
+                lean.append(_lean(param, state["z"], y))
+        for leaves in _lists(fused.switch(lean, b1, False) if fuses else lean):
+            ps, zs, ys = (_column(leaves, row) for row in ("param", "z", "y"))
+            # Elsewhere asking takes longer than doing.
+            if ps[0].is_cpu and self._are_left(ps, zs, ys, b1):
+                torch._foreach_copy_(ps, ys)
+                continue
+            for p, z, y in zip(ps, zs, ys, strict=True):
+                is_left = recover_x(y, z, b1).to(p.dtype) == p
+                p.copy_(torch.where(is_left, y, recover_y(p, z, b1).to(p.dtype)))
+
+    def _are_left(
+        self, ps: list[Tensor], zs: list[Tensor], ys: list[Tensor], b1: float
+    ) -> bool:
+        """Whether all parameters are the x of their kept y."""
+        if ps[0].dtype != zs[0].dtype:
+            return False
+        spare = Spare(self._scratch, ps, "x")
+        torch._foreach_copy_(spare.tensors, ys)
+        torch._foreach_lerp_(spare.tensors, zs, 1 - 1 / b1)
+        torch._foreach_sub_(spare.tensors, ps)
+        return not spare.flat.any()
 
     def _empty_like(self, param: Tensor) -> Tensor:
         memory = self._memory.pop(id(param), None)
@@ -89,17 +104,23 @@ class Modes:
             return memory
         return torch.empty_like(like)
 
-    def _x(self, y: Tensor, z: Tensor, b1: float) -> Tensor:
-        if y.is_cpu and y.dtype == z.dtype == torch.float32 and y.numel() <= BLOCK:
-            x = self._scratch.memory(y, y.numel(), "x").view_as(y)
-            return torch.lerp(y, z, 1 - 1 / b1, out=x)
-        return recover_x(y, z, b1)
+
+def _lean(param: Tensor, z: Tensor, y: Tensor) -> Lean:
+    return {"param": local(param.detach()), "z": local(z), "y": local(y)}
 
 
-def _blocks(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
-    """Tensors of one shape, on a CPU in slices that stay in its cache."""
-    first = tensors[0]
-    if first.numel() <= BLOCK or not first.is_cpu or not same_layout(tensors):
-        yield tensors
-        return
-    yield from zip(*(flat(t).split(BLOCK) for t in tensors), strict=True)
+def _column(leaves: Sequence[Lean], row: str) -> list[Tensor]:
+    return [leaf[row] for leaf in leaves]
+
+
+def _lists(lean: Sequence[Lean]) -> list[list[Lean]]:
+    """Those that are alike together: on a CPU in blocks that stay in its cache."""
+    dense, others = [], []
+    for leaf in lean:
+        (dense if same_layout([*leaf.values()]) else others).append(leaf)
+    on_cpu = [leaf for leaf in dense if leaf["param"].is_cpu]
+    elsewhere = [leaf for leaf in dense if not leaf["param"].is_cpu]
+    blocks = batches.blocks(enumerate(on_cpu), together=True)
+    lists = batches.whole(enumerate(elsewhere), together=True)
+    alike = [[piece.leaf for piece in pieces] for pieces in (*blocks, *lists)]
+    return alike + [[leaf] for leaf in others]
