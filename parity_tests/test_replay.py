@@ -108,7 +108,8 @@ def test_wrapper_of_meta_is_within_tolerance(file):
     assert replay.replay(file).ok
 
 
-def test_groups_schedules_and_missing_gradients_are_followed(file):
+@pytest.mark.parametrize("upstream_compatible", [True, False])
+def test_groups_schedules_and_missing_gradients_are_followed(file, upstream_compatible):
     params = parameters()
     optimizer = sf_torch.AdamWScheduleFree(
         [
@@ -116,6 +117,7 @@ def test_groups_schedules_and_missing_gradients_are_followed(file):
             {"params": [params["bias"], params["scalar"]], "lr": 2 * LR},
         ],
         lr=LR,
+        upstream_compatible=upstream_compatible,
     )
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.97)
     optimizer.train()
@@ -124,7 +126,11 @@ def test_groups_schedules_and_missing_gradients_are_followed(file):
             steps(optimizer, params, k, k + 1, without={("bias", 7), ("kernel", 0)})
             schedule.step()
     verdict = replay.replay(file)
-    assert verdict.ok, verdict
+    assert verdict.reference.ok, verdict
+    if upstream_compatible:
+        assert verdict.ok, verdict
+    else:  # JAX has no count for each leaf
+        assert "each parameter's own count" in verdict.reason
 
 
 def test_bfloat16_parameters_over_a_float32_state_are_within_tolerance(file):

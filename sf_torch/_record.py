@@ -87,6 +87,12 @@ class Recorder:
                 for name in ("momentum", "weight_decay_at_y", "weight_lr_power", "r")
                 if hasattr(self.optimizer, name)
             },
+            # Steps without a gradient of a parameter, which its bias correction skips.
+            "missed": {
+                name: int(state["missed"])
+                for name, p in self._parameters()
+                if (state := self.optimizer.state.get(p) or {}).get("missed")
+            },
         }
         start = self._frame("start", info, {**self._iterates(), **self._state()})
         write_whole(self.path, lambda file: file.write(start))

@@ -72,6 +72,7 @@ class Verdict:
     limit: float
     jax: Worst
     reference: Worst
+    gaps_apart: bool  # whether leaves with counts of their own missed gradients
     hypotheses: tuple[tuple[Hypothesis, Worst], ...]  # the best first; none if ok
 
     @property
@@ -81,6 +82,12 @@ class Verdict:
     @property
     def reason(self) -> str | None:
         """The likely reason for what differs."""
+        if self.gaps_apart and self.reference.ok and not self.jax.ok:
+            return (
+                "a parameter had no gradient at some steps; PyTorch corrects bias by "
+                "each parameter's own count, JAX by one for all (and PyTorch too, with "
+                "upstream_compatible=True)"
+            )
         if not self.hypotheses:
             return None
         best, worst = self.hypotheses[0]
@@ -108,6 +115,10 @@ def replay(path: str | os.PathLike[str]) -> Verdict:
     with jax.enable_x64(run.is_double):
         voices: list[Any] = [_InJax(run), _InReference(run, Hypothesis("", plain))]
         jax_worst, reference_worst = _drive(run, voices, [limit, limit])
+    apart = {n for group in run.groups if group.counts_apart for n in group.names}
+    gaps_apart = any(
+        kind == "step" and apart - grads.keys() for kind, _, grads, _, _ in run.frames()
+    )
     found = []
     if not (jax_worst.ok and reference_worst.ok):
         possible = [h for h in HYPOTHESES if any(map(h.seams, run.groups))]
@@ -117,7 +128,13 @@ def replay(path: str | os.PathLike[str]) -> Verdict:
             zip(possible, worsts, strict=True), key=lambda pair: pair[1].ratio
         )
     return Verdict(
-        run.optimizer, run.steps, limit, jax_worst, reference_worst, tuple(found)
+        run.optimizer,
+        run.steps,
+        limit,
+        jax_worst,
+        reference_worst,
+        gaps_apart,
+        tuple(found),
     )
 
 
@@ -169,6 +186,8 @@ def _resume(optimizer: reference.ScheduleFree, run: Run) -> None:
         average: Any = getattr(seams.average, "memory", seams.average)
         average.lr_max = max(float(saved.get("lr_max", 0.0)), 0.0)
         average.weight_sum = float(saved.get("weight_sum", 0.0))
+        if hasattr(seams.base, "t"):
+            seams.base.t = {n: run.k - run.missed.get(n, 0) for n in names}
         for ours, theirs in (
             ("v", "exp_avg_sq"),
             ("m", "exp_avg"),

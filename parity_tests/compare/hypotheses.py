@@ -33,7 +33,10 @@ class Hypothesis:
 
 
 def plain(group: Group) -> Seams:
-    return OPTIMIZERS[group.optimizer].reference(group.options)
+    seams = OPTIMIZERS[group.optimizer].reference(group.options)
+    if hasattr(seams.base, "counts_apart"):
+        seams.base.counts_apart = group.counts_apart
+    return seams
 
 
 def _with(optimizer: str | None = None, **changes: Any) -> Callable[[Group], Any]:

@@ -184,7 +184,8 @@ class AdamW:
 
     with v = b2 v + (1 - b2) |g|², and ĝ = g or, with inner momentum b,
     m = b m + (1 - b) g and ĝ = m / (1 - b^t). t counts the gradients that the leaf has
-    had: k + 1 where it never missed one, as in torch.optim.
+    had: k + 1 where it never missed one, as in torch.optim. ``counts_apart = False``
+    makes t = k + 1 for all, as in Meta's package.
 
     ``variant="paper"`` has sqrt(v) + eps in the denominator; ``"algoperf"`` has that,
     and its steps (not its averaging weights) are times sqrt(1 - b2^t).
@@ -203,11 +204,13 @@ class AdamW:
         self.weight_decay, self.decay_at = weight_decay, decay_at
         self.variant = variant
         self.v, self.m = Leaves(), Leaves()
+        self.counts_apart = True
         self.t: dict[str, int] = {}  # gradients that each leaf has had
 
     def direction(self, n: str, g: np.ndarray, k: int) -> np.ndarray:
         b2, b = self.b2, self.inner_momentum
-        t = self.t[n] = self.t.get(n, 0) + 1
+        self.t[n] = self.t.get(n, 0) + 1 if self.counts_apart else k + 1
+        t = self.t[n]
         self.v[n] = b2 * self.v.get(n, 0.0) + (1 - b2) * np.abs(g) ** 2
         self.m[n] = b * self.m.get(n, 0.0) + (1 - b) * g
         numerator = self.m[n] / (1 - b**t)

@@ -56,6 +56,7 @@ class Group:
     optimizer: str
     options: Options
     z_dtype: str = "float32"  # what the state is kept in
+    counts_apart: bool = False  # whether bias is corrected by each leaf's own count
 
 
 class Run:
@@ -83,6 +84,7 @@ class Run:
             for key in ("z", "exp_avg_sq", "exp_avg", "momentum_buffer")
         }
         self.saved_groups = start.info["groups"]
+        self.missed: dict[str, int] = start.info.get("missed", {})
         counts = {group.get("k", 0) for group in self.saved_groups}
         if len(counts) > 1:
             raise ValueError(
@@ -119,7 +121,9 @@ class Run:
             options = self._wrapped(info, saved, options)
         z_dtype = steps[-1][i]["z_dtype"] or "float32"
         names = tuple(saved["params"])
-        return Group(names, _CLASSES[form], Options(**options), z_dtype)
+        # Meta's package has no such option, and one count for a group.
+        counts_apart = not saved.get("upstream_compatible", True)
+        return Group(names, _CLASSES[form], Options(**options), z_dtype, counts_apart)
 
     def _wrapped(
         self, info: Mapping[str, Any], saved: Mapping[str, Any], options: dict[str, Any]
