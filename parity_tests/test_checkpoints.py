@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from parity_tests.compare import tolerances
-from parity_tests.compare.harness import run
-from parity_tests.compare.trajectory import Trajectory, compare
+from parity_tests.compare.distance import compare
 from parity_tests.registry import CASES
 from parity_tests.runners import in_torch
+from parity_tests.runners.trajectory import Trajectory
+from parity_tests.runners.voices import run
 
 BY_NAME = {case.name: case for case in CASES}
 BEFORE, AFTER = range(60), range(60, 160)

@@ -19,13 +19,11 @@ import torch
 import sf_jax
 import sf_torch
 from parity_tests import reference
-from parity_tests.registry.family import FAMILY, FamilyOptions
-from parity_tests.registry.optimizers import OPTIMIZERS
+from parity_tests.registry import OPTIMIZERS
 from parity_tests.registry.options import Linear, Options
 
 Tree = dict[str, np.ndarray]
 
-ROWS = OPTIMIZERS | FAMILY
 NAMES = ("sgd", "adamw", "radam")
 SHAPES = {"matrix": (2, 3), "scalar": (), "empty": (0, 3)}
 ULPS = 8  # of ten steps, some twice as long as the weights
@@ -150,7 +148,7 @@ def assert_close(ours: Tree, truth: Tree, ulps: float = ULPS) -> None:
 
 def run(framework: str, name: str, options: Options, grads: Any, **more: Any) -> End:
     """The registry's optimizer of this name."""
-    row = ROWS[name]
+    row = OPTIMIZERS[name]
     if framework == "jax":
         return in_jax(row.jax(options, False), grads, **more)
     start = options.at(0)
@@ -279,8 +277,10 @@ def test_where_gradients_are_zero_weights_stay(
     start, *grads = (cast(t, dtype) for t in TREES[:5])
     for g in grads:
         g["matrix"][0] = 0.0
-    options = FamilyOptions(
-        lr=0.05, eps=eps, inner_momentum=inner_momentum, silent_sgd_phase=False, d0=1.0
+    kind = OPTIMIZERS[name].options
+    d0 = {"d0": 1.0} if hasattr(kind, "d0") else {}
+    options = kind(
+        lr=0.05, eps=eps, inner_momentum=inner_momentum, silent_sgd_phase=False, **d0
     )
     with jax.enable_x64(dtype == "float64"):
         end = run(framework, name, options, grads, start=start, dtype=dtype)
@@ -292,7 +292,7 @@ def test_where_gradients_are_zero_weights_stay(
 @any_optimizer
 @pytest.mark.parametrize("eps", [1e-8, 0.0])
 def test_gradients_of_zero_leave_the_weights_alone(framework, name, eps):
-    options = FamilyOptions(lr=0.05, eps=eps, silent_sgd_phase=False)
+    options = OPTIMIZERS[name].options(lr=0.05, eps=eps, silent_sgd_phase=False)
     end = run(framework, name, options, [zeros()] * 8)
     for leaves in (end.y, end.x, end.z):
         assert_close(leaves, START, 0)
@@ -307,7 +307,7 @@ def test_gradients_whose_squares_vanish_do_not_throw_the_weights_off(
 ):
     """Without eps, which hides it: v is 0, and g is not."""
     lr, b2 = 0.05, 0.999
-    options = FamilyOptions(
+    options = OPTIMIZERS[name].options(
         lr=lr, b2=b2, eps=0.0, inner_momentum=inner_momentum, silent_sgd_phase=False
     )
     grads = [{n: np.float32(scale) * g for n, g in t.items()} for t in GRADS]

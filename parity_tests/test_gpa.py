@@ -20,11 +20,10 @@ import torch
 import sf_jax
 import sf_torch
 from parity_tests import reference
-from parity_tests.reference import family as reference_family
-from parity_tests.registry.family import FAMILY, FamilyOptions
-from parity_tests.registry.optimizers import OPTIMIZERS
+from parity_tests.registry import OPTIMIZERS
 
 GOLDEN = Path(__file__).parent / "golden"
+GPA = OPTIMIZERS["gpa"]
 LEAVES = ("a", "b", "c")
 # The moments are float32: 120 roundings of 6e-8, and x magnifies those of y and z.
 TOLERANCE = 2e-6
@@ -127,15 +126,13 @@ def test_jax_follows(golden):
 
 def reference_optimizer(golden, params):
     plain, o = coefficients(golden)
-    options = FamilyOptions(
-        lr=o["lr"], b1=o["mu_y"], mu_x=o["mu_x"], inner_momentum=0.9
-    )
+    options = GPA.options(lr=o["lr"], b1=o["mu_y"], mu_x=o["mu_x"], inner_momentum=0.9)
     if plain:
         seams = OPTIMIZERS["adamw"].reference(options)
         return reference.ScheduleFree(params, [(LEAVES, seams)])
-    return reference_family.HeldDecay(
+    return reference.HeldDecay(
         params,
-        [(LEAVES, FAMILY["gpa"].reference(options))],
+        [(LEAVES, GPA.reference(options))],
         shrink=o["lr"] * o["weight_decay"],
         at=o["decay_at"],
         b1=o["mu_y"],

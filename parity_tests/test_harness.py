@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from parity_tests.compare import tolerances
-from parity_tests.compare.harness import run
-from parity_tests.compare.trajectory import Trajectory, compare, curve, wide
+from parity_tests.compare.distance import compare, curve
+from parity_tests.reference import wide
 from parity_tests.registry import CASES
 from parity_tests.registry.case import Case
 from parity_tests.registry.gradients import rounded
+from parity_tests.runners.trajectory import Trajectory
+from parity_tests.runners.voices import run
 
 BY_NAME = {case.name: case for case in CASES}
 VOICES = ("jax scan", "torch")

@@ -17,8 +17,7 @@ import sf_torch
 from parity_tests import reference
 from parity_tests.cli import long_run
 from parity_tests.compare import harness
-from parity_tests.registry import CASES
-from parity_tests.registry.optimizers import OPTIMIZERS
+from parity_tests.registry import CASES, OPTIMIZERS
 from parity_tests.registry.options import Options
 
 BY_NAME = {case.name: case for case in CASES}

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import sf_jax
 from parity_tests import reference
-from parity_tests.registry.optimizers import OPTIMIZERS
+from parity_tests.registry import OPTIMIZERS
 from parity_tests.registry.options import Options
 
 Tree = dict[str, np.ndarray]

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from parity_tests.compare import tolerances
-from parity_tests.compare.harness import VOICES, check, comparisons, unsupported
+from parity_tests.compare.harness import check, comparisons
 from parity_tests.registry import CASES
 from parity_tests.registry.case import Case
+from parity_tests.runners.voices import VOICES, unsupported
 
 OURS = {"sf_jax", "sf_torch"}
 

@@ -25,7 +25,7 @@ from optax import contrib
 
 import sf_jax
 from parity_tests import reference
-from parity_tests.registry.optimizers import OPTIMIZERS
+from parity_tests.registry import OPTIMIZERS
 from parity_tests.registry.options import Options
 
 WEIGHTS = 512

@@ -20,17 +20,11 @@ from rich.progress import track
 
 from parity_tests.cli import report
 from parity_tests.cli.table import WIDTH, table
-from parity_tests.compare.harness import (
-    VOICES,
-    Outcome,
-    Pair,
-    check,
-    comparisons,
-    unsupported,
-)
-from parity_tests.compare.harness import run as run_voice
+from parity_tests.compare.harness import Outcome, Pair, check, comparisons
 from parity_tests.registry import CASES
 from parity_tests.registry.case import STEPS, Case
+from parity_tests.runners.voices import VOICES, unsupported
+from parity_tests.runners.voices import run as run_voice
 
 # What --device means: where JAX runs, and where PyTorch does (None: nowhere).
 DEVICES: dict[str, dict[str, str | None]] = {

@@ -26,9 +26,8 @@ import sf_jax
 from parity_tests import reference
 from parity_tests.compare import tolerances
 from parity_tests.compare.hypotheses import HYPOTHESES, Hypothesis, plain
-from parity_tests.compare.trajectory import wide
-from parity_tests.reference import Leaves
-from parity_tests.registry.optimizers import OPTIMIZERS
+from parity_tests.reference import Leaves, wide
+from parity_tests.registry import OPTIMIZERS
 from parity_tests.runners.recorded_run import Group, Run
 from sf_jax import torch_checkpoint
 

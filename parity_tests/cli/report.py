@@ -15,9 +15,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from parity_tests.compare.harness import VOICES, Outcome, run
-from parity_tests.compare.trajectory import SEQUENCES, curve
+from parity_tests.compare.distance import curve
+from parity_tests.compare.harness import Outcome
 from parity_tests.registry.case import Case
+from parity_tests.runners.trajectory import SEQUENCES
+from parity_tests.runners.voices import VOICES, run
 
 _PACKAGES = ("jax", "optax", "torch", "schedulefree", "numpy")
 _COLOURS = {"sf_jax": "#3b6fd4", "sf_torch": "#e2621b", "meta": "#8a919c"}

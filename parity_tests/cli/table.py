@@ -5,7 +5,8 @@ from collections.abc import Collection, Iterable
 from rich.table import Column, Table
 from rich.text import Text
 
-from parity_tests.compare.harness import VOICES, Outcome
+from parity_tests.compare.harness import Outcome
+from parity_tests.runners.voices import VOICES
 
 # What a column of the table sums up: (package, what it is compared with). What Meta's
 # package lacks was recorded from elsewhere, for some optimizers.

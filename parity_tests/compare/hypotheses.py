@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 
 from parity_tests.reference import Now, Seams
-from parity_tests.registry.optimizers import OPTIMIZERS
+from parity_tests.registry import OPTIMIZERS
 from parity_tests.runners.recorded_run import Group
 
 

@@ -6,19 +6,11 @@ reason, in its own row of the registry.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+
+from parity_tests.registry.case import Limit
 
 # Where parameters are bfloat16, what is compared is state in float32.
 _EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-23, "float64": 2.0**-52}
-
-
-class Limit(NamedTuple):
-    """At most so many ulps; with ``differs``, more than that: a known difference."""
-
-    ulps: float
-    reason: str
-    differs: bool = False
-
 
 _RANDOM_WALK = "z and y are each rounded once a step; over 300 steps it adds up"
 _SAME_ON_ACCELERATORS = (

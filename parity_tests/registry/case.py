@@ -1,10 +1,9 @@
-"""A case of the registry, and what the packages lack to run it."""
+"""One case of the registry, and what whole packages can't run."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from parity_tests.compare.tolerances import Limit
 from parity_tests.registry.gradients import (
     Network,
     Recorded,
@@ -13,15 +12,29 @@ from parity_tests.registry.gradients import (
     initial,
     recorded,
 )
-from parity_tests.registry.optimizers import Optimizer
+from parity_tests.registry.optimizer import Optimizer
 from parity_tests.registry.options import Options
 
 STEPS = 300
 
+
+class Limit(NamedTuple):
+    """How far two trajectories may be apart, in ulps, and why as much.
+
+    Where ``differs`` is set they must be further apart: a known difference.
+    """
+
+    ulps: float
+    reason: str
+    differs: bool = False
+
+
+# For every parameter group its leaves and the options in which it differs.
 Groups = tuple[tuple[tuple[str, ...], Mapping[str, Any]], ...]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # one by one, so that runs are cached
+# Cases are compared by identity, so that they can be keys of a cache.
+@dataclasses.dataclass(frozen=True, eq=False)
 class Case:
     """One optimizer with one set of options, on one tree of leaves."""
 
@@ -30,14 +43,14 @@ class Case:
     options: Options
     tree: Tree
     dtype: str = "float32"
-    # (leaves, options that differ) for each parameter group; together all leaves
-    groups: Groups = ()
+    groups: Groups = ()  # of all leaves together; one group where empty
     gradients: str = "stream"  # or "network"
-    recorded: str = ""  # a file of golden/, which has weights and gradients of its own
-    missing: Mapping[str, frozenset[int]] | None = None  # steps without a gradient
+    recorded: str = ""  # a file of golden/ with the initial weights and gradients
+    # leaf -> the steps at which it has no gradient
+    missing: Mapping[str, frozenset[int]] | None = None
     is_complex: bool = False
-    thorough: bool = False  # also in the voices that take long
-    # package -> a limit of its own against the reference, with its reason
+    thorough: bool = False  # whether the costly voices run it too
+    # package -> its limit against the reference, where the table's does not hold
     tolerance: Mapping[str, Limit] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -45,7 +58,7 @@ class Case:
 
     @property
     def group_options(self) -> list[tuple[tuple[str, ...], Options]]:
-        """The leaves and options of every group; one group unless told otherwise."""
+        """The names of the leaves and the options of every parameter group."""
         return [
             (leaves, dataclasses.replace(self.options, **differing))
             for leaves, differing in self.groups or ((tuple(self.tree), {}),)
@@ -53,12 +66,14 @@ class Case:
 
     @property
     def params(self) -> dict[str, Any]:
+        """The initial weights by leaf, as NumPy arrays that hold them exactly."""
         if self.recorded:
             file = recorded(self.recorded)
             return {n: file[f"init/{n}"].astype(float) for n in self.tree}
         return initial(self.tree, self.dtype, self.is_complex)
 
     def source(self, steps: int) -> Stream | Network:
+        """Where the gradients of the first ``steps`` steps come from."""
         if self.recorded:
             return Recorded(self.recorded, steps)
         if self.gradients == "network":
@@ -67,14 +82,13 @@ class Case:
 
     @property
     def steps(self) -> int:
+        """The number of steps of a whole run."""
         return 120 if self.recorded else STEPS
 
     @property
     def features(self) -> set[str]:
-        """What a package may be unable to do; the keys of :data:`LACKS`."""
+        """What of this case a package or an optimizer may lack."""
         o = self.options
-        decay_at = f"decay_at={o.decay_at}"
-        decays_elsewhere = o.decay_at != "y" and o.weight_decay > 0
         present = {
             self.dtype: True,
             "complex": self.is_complex,
@@ -82,17 +96,14 @@ class Case:
             "groups": bool(self.groups),
             "inner_momentum": o.inner_momentum > 0,
             "nesterov": o.nesterov,
-            decay_at: decays_elsewhere,
-            f"{self.optimizer.name} {decay_at}": decays_elsewhere,
-            f"{self.optimizer.name} missing gradients": self.missing is not None,
+            f"decay_at={o.decay_at}": o.decay_at != "y" and o.weight_decay > 0,
             "b1=0": o.b1 == 0,
             "b1 schedule": callable(o.b1),
             "lr schedule": callable(o.lr),
             "r": o.r != 0,
             "warmup": o.warmup_steps > 0,
-            f"{self.optimizer.name} warmup": o.warmup_steps > 0,
-            f"{self.optimizer.name} scalar": () in self.tree.values(),
-            f"{self.optimizer.name} empty": any(0 in s for s in self.tree.values()),
+            "scalar": () in self.tree.values(),
+            "empty": any(0 in shape for shape in self.tree.values()),
         }
         return {feature for feature, there in present.items() if there}
 
@@ -101,25 +112,21 @@ class Case:
         own = {"sf_jax": "jax", "sf_torch": "torch"}.get(package, package)
         if getattr(self.optimizer, own) is None:
             return f"has no {self.optimizer.name}"
-        lacks = LACKS.get(package, {})
-        return next((why for f, why in lacks.items() if f in self.features), None)
+        for lacks in (self.optimizer.lacks, LACKS):
+            for feature, why in lacks.get(package, {}).items():
+                if feature in self.features:
+                    return why
+        return None
 
 
+# package -> feature of a case -> why the package can't run it with any optimizer.
 LACKS: dict[str, dict[str, str]] = {
     "sf_jax": {
         "missing gradients": "optax gives every leaf a gradient",
     },
-    "sf_torch": {
-        "prodigy warmup": "the wrapper has none: a scheduler sets the base's lr",
-        "nesterov": "torch's has no bias correction, which optax's has",
-    },
     "meta": {
         "inner_momentum": "came after 1.4.1; see the golden trajectories",
         "decay_at=x": "decays at y or z",
-        "sgd decay_at=z": "its SGD decays at y",
-        "adamw missing gradients": "corrects bias by the group's count of steps",
-        "wrapper scalar": "its exchange of y and z fails on a tensor of 0 dimensions",
-        "wrapper empty": "its exchange of y and z fails on an empty tensor",
         "b1 schedule": "its fast form takes β to be constant",
         "bfloat16": "keeps its state in bfloat16 too",
         "complex": "real parameters only",

@@ -1,8 +1,8 @@
-"""Hyperparameters in one spelling, whatever each framework calls them."""
+"""Hyperparameters by the same names for every optimizer and framework."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 Schedule = Callable[[Any], Any]
 """A function of k, which is a Python int or a JAX count."""
@@ -22,7 +22,10 @@ class Linear:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Hyperparameters in one neutral spelling; an optimizer reads what it has."""
+    """Hyperparameters in one neutral spelling. An optimizer reads those that it has.
+
+    An optimizer with options of its own adds them in a subclass.
+    """
 
     lr: float | Schedule = 0.0025
     warmup_steps: int = 0
@@ -35,11 +38,11 @@ class Options:
     r: float = 0.0
     inner_momentum: float = 0.0
     silent_sgd_phase: bool = True
-    base_momentum: float = 0.0  # of what ScheduleFreeWrapper wraps
-    nesterov: bool = False  # of the same
+    base_momentum: float = 0.0  # of the optimizer that the wrapper wraps
+    nesterov: bool = False  # of the wrapped optimizer
 
-    def at(self, k: int) -> "Options":
-        """The values at step k: as PyTorch has them, where schedules set numbers."""
+    def at(self, k: int) -> Self:
+        """The options with lr and b1 as numbers, as they are at step k."""
         return dataclasses.replace(
             self, lr=function(self.lr)(k), b1=function(self.b1)(k)
         )

@@ -8,8 +8,9 @@ import optax
 from optax import contrib
 
 import sf_jax
-from parity_tests.compare.trajectory import Trajectory, wide
+from parity_tests.reference import wide
 from parity_tests.registry.case import Case
+from parity_tests.runners.trajectory import Trajectory
 
 _STATES = (sf_jax.ScheduleFreeState, contrib.ScheduleFreeState)
 

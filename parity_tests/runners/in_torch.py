@@ -10,8 +10,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-from parity_tests.compare.trajectory import Trajectory
 from parity_tests.registry.case import Case
+from parity_tests.runners.trajectory import Trajectory
 from sf_torch._step import batches, eager
 from sf_torch._step.fused import works_on
 

@@ -11,17 +11,12 @@ import numpy as np
 import torch
 
 from parity_tests.reference import Leaves
+from parity_tests.registry import OPTIMIZERS
 from parity_tests.registry.options import Options
 from sf_torch import read_record
 
-# The names in PyTorch that a row of OPTIMIZERS goes by, whatever their form.
-_CLASSES = {
-    "SGDScheduleFree": "sgd",
-    "AdamWScheduleFree": "adamw",
-    "AdamWScheduleFreePaper": "adamw_paper",
-    "RAdamScheduleFree": "radam",
-    "ScheduleFreeWrapper": "wrapper",
-}
+# The optimizer of the registry by its class in PyTorch, without the form.
+_CLASSES = {row.replays: name for name, row in OPTIMIZERS.items() if row.replays}
 _SAME_NAMES = (
     "warmup_steps",
     "eps",

@@ -5,6 +5,7 @@ torch.optim; the averaging weight and the step size count the steps of its group
 """
 
 import copy
+import dataclasses
 import io
 import warnings
 from functools import partial
@@ -21,8 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 import sf_torch
 from parity_tests.reference import ScheduleFree
-from parity_tests.registry.family import FAMILY, FamilyOptions
-from parity_tests.registry.optimizers import OPTIMIZERS
+from parity_tests.registry import OPTIMIZERS
 from sf_torch._step import fused
 
 LR = 0.01
@@ -102,21 +102,19 @@ def test_the_first_step_is_as_long_as_ever_however_late(build, way):
 
 REGISTRY = {
     name: row
-    for name, row in {**OPTIMIZERS, **FAMILY}.items()
+    for name, row in OPTIMIZERS.items()
     if name in ("sgd", "wrapper", "refined", "gpa", "plus") or "adam" in name
 }
 
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_every_optimizer_follows_the_reference_through_gaps(name):
-    options = FamilyOptions(
+    row = REGISTRY[name]
+    options = row.options(
         lr=0.02, b2=0.99, weight_decay=0.1, silent_sgd_phase=False, inner_momentum=0.5
     )
-    row = REGISTRY[name]
     if name in ("radam", "sgd", "wrapper", "refined"):  # no momentum of their own
-        options = FamilyOptions(
-            lr=0.02, b2=0.99, weight_decay=0.1, silent_sgd_phase=False
-        )
+        options = dataclasses.replace(options, inner_momentum=0.0)
     start = {"a": np.linspace(-1, 1, 5), "b": np.linspace(0.5, 1, 5)}
     params = {n: torch.nn.Parameter(torch.tensor(p)) for n, p in start.items()}
     group = {"params": list(params.values()), **row.arguments(options)}

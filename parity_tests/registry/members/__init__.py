@@ -1,0 +1,1 @@
+"""One module an optimizer, each with an ``OPTIMIZER`` and its ``CASES``."""

@@ -1,0 +1,98 @@
+"""Schedule-Free around Prodigy.
+
+Meta's package is not compared: its wrapper and the authors' PyTorch Prodigy both count
+steps in the group's ``k``, which then advances by two at every step.
+"""
+
+import dataclasses
+from typing import Any
+
+import prodigyopt
+
+import sf_jax
+import sf_torch
+from parity_tests import reference
+from parity_tests.registry.optimizer import Optimizer, warmup
+from parity_tests.registry.options import Linear, Options, function
+from parity_tests.registry.rows import BFLOAT16, DECAY, FLOAT64, ON_NETWORK, cases
+
+
+@dataclasses.dataclass(frozen=True)
+class ProdigyOptions(Options):
+    """Adds d0, the first estimate of the distance to the solution."""
+
+    d0: float = 1e-3
+
+
+def _reference(o: ProdigyOptions) -> reference.Seams:
+    base = reference.Prodigy(o.inner_momentum, o.b2, o.eps, o.weight_decay, o.d0)
+    average = reference.PolynomialAverage(o.r, o.weight_lr_power)
+    return reference.Seams(
+        function(o.b1), warmup(o), base, reference.weighed_by_d(average, base)
+    )
+
+
+def _jax(o: ProdigyOptions, store_x: bool) -> Any:
+    return sf_jax.schedule_free_prodigy(
+        o.lr,
+        o.warmup_steps,
+        o.b1,
+        o.b2,
+        o.eps,
+        o.weight_decay,
+        o.weight_lr_power,
+        r=o.r,
+        inner_momentum=o.inner_momentum,
+        estim_lr0=o.d0,
+        store_x=store_x,
+    )
+
+
+def _arguments(o: ProdigyOptions) -> dict[str, Any]:
+    return {
+        "lr": o.lr,
+        # prodigyopt steps with the new d where beta1 is 0, and with the former d where
+        # it is above 0, as the formula does.
+        "betas": (o.inner_momentum or 1e-30, o.b2),
+        "eps": o.eps,
+        "weight_decay": o.weight_decay,
+    }
+
+
+def _torch(groups: list[Any], o: ProdigyOptions, form: str, foreach: bool) -> Any:
+    base = prodigyopt.Prodigy(groups, use_bias_correction=True, d0=o.d0)
+    return getattr(sf_torch, "ScheduleFreeWrapper" + form)(
+        base, momentum=o.b1, r=o.r, weight_lr_power=o.weight_lr_power
+    )
+
+
+OPTIMIZER = Optimizer(
+    "prodigy",
+    reference=_reference,
+    jax=_jax,
+    arguments=_arguments,
+    torch=_torch,
+    options=ProdigyOptions,
+    torch_forms=("", "Reference"),
+    lacks={
+        "sf_torch": {"warmup": "the wrapper has none: a scheduler sets the base's lr"}
+    },
+)
+
+# At lr = 1 the network's run is unstable: it magnifies rounding, in float64 too.
+_STABLE: dict[str, Any] = {"lr": 0.3, "b2": 0.99}
+# For gradients that do not depend on the weights. d grows 24 times in 300 steps.
+_STREAM: dict[str, Any] = {"lr": 0.1, "b2": 0.9, "d0": 0.01}
+CASES = cases(
+    OPTIMIZER,
+    ("plain", _STABLE, ON_NETWORK),
+    ("stream", _STREAM, {}),
+    ("warmup", {**_STABLE, "warmup_steps": 20}, ON_NETWORK),
+    (
+        "together",
+        {**_STABLE, **DECAY, "lr": Linear(0.1, 0.3), "inner_momentum": 0.9, "r": 0.5},
+        ON_NETWORK,
+    ),
+    ("bfloat16", _STREAM, BFLOAT16),
+    ("float64", {**_STABLE, **DECAY}, {**ON_NETWORK, **FLOAT64}),
+)
