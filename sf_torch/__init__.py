@@ -4,37 +4,39 @@ References:
   Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
 """
 
-from sf_torch._adamw import (
+from sf_torch._follow import follow
+from sf_torch._optimizers.adamw import (
     AdamWScheduleFree,
     AdamWScheduleFreeAlgoPerf,
     AdamWScheduleFreeClosure,
     AdamWScheduleFreePaper,
     AdamWScheduleFreeReference,
 )
-from sf_torch._follow import follow
-from sf_torch._gpa import GPAAdamW
-from sf_torch._muon import Muon
-from sf_torch._plus import AdamCScheduleFreePlus, AdamCScheduleFreePlusPaper
-from sf_torch._radam import (
+from sf_torch._optimizers.gpa import GPAAdamW
+from sf_torch._optimizers.plus import AdamCScheduleFreePlus, AdamCScheduleFreePlusPaper
+from sf_torch._optimizers.radam import (
     RAdamScheduleFree,
     RAdamScheduleFreeClosure,
     RAdamScheduleFreeReference,
 )
-from sf_torch._record import Recorder, read_record, record
-from sf_torch._refined import (
+from sf_torch._optimizers.refined import (
     AdamWScheduleFreeRefined,
     RAdamScheduleFreeRefined,
     ScheduleFreeWrapperRefined,
     SGDScheduleFreeRefined,
 )
-from sf_torch._sgd import (
+from sf_torch._optimizers.sgd import (
     SGDScheduleFree,
     SGDScheduleFreeClosure,
     SGDScheduleFreeReference,
 )
+from sf_torch._optimizers.wrapper import (
+    ScheduleFreeWrapper,
+    ScheduleFreeWrapperReference,
+)
+from sf_torch._record import Recorder, read_record, record
 from sf_torch._stand_in import replace_schedulefree
-from sf_torch._together import Together
-from sf_torch._wrapper import ScheduleFreeWrapper, ScheduleFreeWrapperReference
+from sf_torch.bases import CombinedOptimizer
 from sf_torch.batchnorm import update_bn
 from sf_torch.checkpoint import load_checkpoint, save_checkpoint
 from sf_torch.distributed import check_modes
@@ -50,8 +52,8 @@ __all__ = [
     "AdamWScheduleFreePaper",
     "AdamWScheduleFreeReference",
     "AdamWScheduleFreeRefined",
+    "CombinedOptimizer",
     "GPAAdamW",
-    "Muon",
     "RAdamScheduleFree",
     "RAdamScheduleFreeClosure",
     "RAdamScheduleFreeReference",
@@ -64,7 +66,6 @@ __all__ = [
     "ScheduleFreeWrapper",
     "ScheduleFreeWrapperReference",
     "ScheduleFreeWrapperRefined",
-    "Together",
     "check_modes",
     "follow",
     "load_checkpoint",

@@ -447,7 +447,7 @@ class ScheduleFree(torch.optim.Optimizer):
             for missed, params in self._parts(group):
                 numbers = self._base_numbers(draft, lr, draft["k"] - missed)
                 numbers = numbers.averaged(ckp1, b1, next_b1)
-                grads = [p.grad for p in params]
+                grads = [p.grad for p in params if p.grad is not None]
                 if compiles and not way.fuses:
                     leaves = [self._leaf(p, group) for p in params]
                     there = numbers.as_tensors(leaves[0]["param"].device)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from sf_torch import _archive
-from sf_torch._forms import Closure
 from sf_torch._optimizer import ScheduleFree, saved_states
+from sf_torch._optimizers.forms import Closure
 
 FORMAT = 1
 PARTS = {

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sf_torch._step import batches, eager, fused
 from sf_torch._step.batches import Leaf, local, same_layout
-from sf_torch._step.eager import Lists, Scratch
+from sf_torch._step.eager import Lists, Scratch, Tensors
 from sf_torch._step.formula import Plain
 from sf_torch._step.fused import Kernel
 from sf_torch._step.numbers import Numbers
@@ -56,7 +56,7 @@ class Plan:
     def __init__(
         self,
         params: Sequence[Tensor],
-        grads: Sequence[Tensor],
+        grads: Tensors,
         leaves: Sequence[Leaf],
         way: Way,
         kind: Any,
@@ -76,13 +76,13 @@ class Plan:
         self.grad_kinds = _kinds(grads)
         self.executors = _executors(leaves, grads, way, scratch)
 
-    def _local(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    def _local(self, grads: Tensors) -> Tensors:
         return list(map(local, grads)) if self.sharded else grads
 
     def fits(
         self,
         params: Sequence[Tensor],
-        grads: Sequence[Tensor],
+        grads: Tensors,
         state: Mapping[Tensor, Any],
         kind: Any,
     ) -> bool:
@@ -97,12 +97,12 @@ class Plan:
             return False
         states = [state[p] for p in params]
         try:
-            columns = [params, *([s[row] for s in states] for row in self.rows[1:])]
+            columns = [[*params], *([s[row] for s in states] for row in self.rows[1:])]
         except KeyError:
             return False
         return [_addresses(self._local(c)) for c in columns] == self.addresses
 
-    def step(self, n: Numbers, grads: Sequence[Tensor]) -> None:
+    def step(self, n: Numbers, grads: Tensors) -> None:
         """Moves y, z, x and the moments of all in place."""
         grads = self._local(grads)
         for executor in self.executors:
@@ -116,7 +116,7 @@ class Plan:
 
 def _executors(
     leaves: Sequence[Leaf],
-    grads: Sequence[Tensor],
+    grads: Tensors,
     way: Way,
     scratch: Scratch,
 ) -> list[Executor]:

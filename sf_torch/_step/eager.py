@@ -14,7 +14,7 @@ from torch import Tensor
 from sf_torch._step.batches import BLOCK, Piece, arithmetic_dtype, is_master
 from sf_torch._step.numbers import Numbers
 
-Tensors = Sequence[Tensor]
+Tensors = list[Tensor] | tuple[Tensor, ...]
 
 CORRECTED_EVERY = 32
 """Steps after which v is rescaled to undo the rounding of b2 to float32."""

@@ -115,7 +115,8 @@ def _column(leaves: Sequence[Lean], row: str) -> list[Tensor]:
 
 def _lists(lean: Sequence[Lean]) -> list[list[Lean]]:
     """Those that are alike together: on a CPU in blocks that stay in its cache."""
-    dense, others = [], []
+    dense: list[Lean] = []
+    others: list[Lean] = []
     for leaf in lean:
         (dense if same_layout([*leaf.values()]) else others).append(leaf)
     on_cpu = [leaf for leaf in dense if leaf["param"].is_cpu]

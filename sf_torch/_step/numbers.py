@@ -20,12 +20,12 @@ References:
   Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Number = float | Tensor
+Number = Any
 """A float. In a compiled step, and with ``capturable``, a () tensor in float64."""
 
 EPS_FLOOR = torch.finfo(torch.float32).tiny ** 0.5
@@ -91,15 +91,15 @@ class Numbers(NamedTuple):
 
     def as_tensors(self, device: torch.device) -> "Numbers":
         """The same with tensors for numbers: other values are no other program."""
-        values = self.as_tensor(device).unbind()
-        return self._replace(**dict(zip(NAMES, values, strict=True)), k=0)
+        values: Any = zip(NAMES, self.as_tensor(device).unbind(), strict=True)
+        return self._replace(**dict(values), k=0)
 
     def in_dtype(self, dtype: torch.dtype) -> "Numbers":
         """The same with its tensors in a dtype: a () tensor in float64 would widen
         parameters that are () too."""
         if not isinstance(self.lr, Tensor):
             return self
-        values = {name: getattr(self, name).to(dtype) for name in NAMES}
+        values: Any = {name: getattr(self, name).to(dtype) for name in NAMES}
         return self._replace(**values)
 
 

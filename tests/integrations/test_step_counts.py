@@ -32,8 +32,7 @@ wholes = pytest.mark.parametrize("whole", [0, 2])
 def torch_run(make, options):
     w = torch.nn.Parameter(torch.tensor([[3.0, -2.0], [1.0, 0.5]]))
     optimizer = make([w], **options)
-    if not isinstance(optimizer, sf_torch.Muon):
-        optimizer.train()
+    optimizer.train()
 
     def closure():
         w.grad = 2 * w.detach()

@@ -8,6 +8,7 @@ import schedulefree
 import torch
 
 import sf_torch
+from sf_torch.bases import Muon
 
 STEPS = 30
 
@@ -237,19 +238,23 @@ def muon_and_adamw(params, muon=torch.optim.Muon):
 
 @pytest.mark.parametrize(
     "muon",
-    [torch.optim.Muon, partial(sf_torch.Muon, ns_dtype=torch.float32, row_b2=0.9)],
+    [
+        torch.optim.Muon,
+        partial(Muon, ns_dtype=torch.float32, row_b2=0.9),
+    ],
     ids=["torch's", "NorMuon"],
 )
 def test_together_is_each_by_itself_and_goes_on_from_its_state_dict(muon):
     ours, apart = parameters(), parameters()
-    joint = sf_torch.ScheduleFreeWrapper(sf_torch.Together(*muon_and_adamw(ours, muon)))
+    base = sf_torch.CombinedOptimizer(*muon_and_adamw(ours, muon))
+    joint = sf_torch.ScheduleFreeWrapper(base)
     two = [sf_torch.ScheduleFreeWrapper(base) for base in muon_and_adamw(apart, muon)]
     for optimizer in (joint, *two):
         optimizer.train()
     for k in range(8):
         if k == 4:
             saved = copy.deepcopy(joint.state_dict())
-            base = sf_torch.Together(*muon_and_adamw(ours, muon))
+            base = sf_torch.CombinedOptimizer(*muon_and_adamw(ours, muon))
             joint = sf_torch.ScheduleFreeWrapper(base)
             joint.load_state_dict(saved)
         for p, q in zip(ours, apart, strict=True):
@@ -263,7 +268,7 @@ def test_together_is_each_by_itself_and_goes_on_from_its_state_dict(muon):
 
 
 def test_together_takes_no_group_of_unknown_owner():
-    base = sf_torch.Together(*muon_and_adamw(parameters()))
+    base = sf_torch.CombinedOptimizer(*muon_and_adamw(parameters()))
     with pytest.raises(ValueError, match="could belong to any"):
         base.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
 
@@ -278,10 +283,10 @@ def test_muon_is_torchs_and_loads_its_state_dict(shape, weight_decay, options):
     options = {"lr": 0.02, "weight_decay": weight_decay, **options}
     ours = torch.nn.Parameter(torch.randn(shape))
     theirs = torch.nn.Parameter(ours.detach().clone())
-    a, b = sf_torch.Muon([ours], **options), torch.optim.Muon([theirs], **options)
+    a, b = Muon([ours], **options), torch.optim.Muon([theirs], **options)
     for k in range(30):
         if k == 15:
-            a = sf_torch.Muon([ours], lr=1.0)
+            a = Muon([ours], lr=1.0)
             a.load_state_dict(copy.deepcopy(b.state_dict()))
         ours.grad = torch.randn(shape)
         theirs.grad = ours.grad.clone()
@@ -295,7 +300,7 @@ def test_muon_is_torchs_and_loads_its_state_dict(shape, weight_decay, options):
 def test_the_decay_of_muon_does_not_drift():
     """A factor of 1 - lr λ would be off by 250 ulps, always to the same side."""
     p = torch.nn.Parameter(torch.ones(2, 2))
-    optimizer = sf_torch.Muon([p], lr=0.0025, weight_decay=0.1)
+    optimizer = Muon([p], lr=0.0025, weight_decay=0.1)
     for _ in range(1000):
         p.grad = torch.zeros_like(p)
         optimizer.step()
@@ -308,7 +313,7 @@ def test_rows_make_all_outputs_move_alike_by_the_step_of_adamw(dtype):
     """At the first step; without them the rows of a tall matrix move unequally."""
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.zeros(16, 5, dtype=dtype))
-    optimizer = sf_torch.Muon([p], lr=0.5, row_b2=0.95, eps=1e-12, ns_dtype=None)
+    optimizer = Muon([p], lr=0.5, row_b2=0.95, eps=1e-12, ns_dtype=None)
     p.grad = torch.randn(16, 5).to(dtype)
     optimizer.step()
     by_row = p.detach().square().mean(1).sqrt()
@@ -320,7 +325,7 @@ def test_rows_make_all_outputs_move_alike_by_the_step_of_adamw(dtype):
 @pytest.mark.parametrize("shape", [(3, 2), (3, 0), (0, 2)], ids=str)
 def test_muon_moves_nothing_without_gradients(shape, row_b2):
     p = torch.nn.Parameter(torch.ones(shape))
-    optimizer = sf_torch.Muon([p], weight_decay=0.0, row_b2=row_b2)
+    optimizer = Muon([p], weight_decay=0.0, row_b2=row_b2)
     p.grad = torch.zeros_like(p)
     optimizer.step()
     assert torch.equal(p.detach(), torch.ones(shape))
@@ -354,7 +359,7 @@ def test_bad_arguments_are_refused(name, options, message):
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)], ids=str)
 def test_muon_takes_matrices_only_and_stays_as_it_was(shape):
-    optimizer = sf_torch.Muon(parameters())
+    optimizer = Muon(parameters())
     with pytest.raises(ValueError, match=r"Give the others to AdamW"):
         optimizer.add_param_group({"params": torch.nn.Parameter(torch.ones(shape))})
     assert len(optimizer.param_groups) == 1

@@ -24,7 +24,7 @@ BASES = {
     "adagrad": lambda params: torch.optim.Adagrad(params, lr=0.1),  # made with state
     "adam": lambda params: torch.optim.Adam(params, lr=0.02, betas=(0.0, 0.99)),
     "lbfgs": lambda params: torch.optim.LBFGS(params, lr=0.1, max_iter=2),
-    "together": lambda params: sf_torch.Together(
+    "together": lambda params: sf_torch.CombinedOptimizer(
         torch.optim.RMSprop([params[0]], lr=0.01),
         torch.optim.SGD(params[1:], lr=0.1, momentum=0.5),
     ),

@@ -82,7 +82,7 @@ def _jax(o: MuonOptions, store_x: bool) -> Any:
 def _torch(groups: list[Any], o: Any, form: str, foreach: bool) -> Any:
     (params,) = (group["params"] for group in groups)
     same = {"lr": o.lr, "eps": o.eps, "weight_decay": o.weight_decay}
-    muon = sf_torch.Muon(
+    muon = sf_torch.bases.Muon(
         [p for p in params if p.ndim == 2],
         momentum=o.base_momentum,
         nesterov=o.nesterov,
@@ -94,7 +94,7 @@ def _torch(groups: list[Any], o: Any, form: str, foreach: bool) -> Any:
     rest = [p for p in params if p.ndim != 2]
     adamw = torch.optim.AdamW(rest, betas=(0.0, o.b2), foreach=foreach, **same)
     return getattr(sf_torch, "ScheduleFreeWrapper" + form)(
-        sf_torch.Together(muon, adamw),
+        sf_torch.CombinedOptimizer(muon, adamw),
         momentum=o.b1,
         r=o.r,
         weight_lr_power=o.weight_lr_power,
@@ -114,7 +114,7 @@ OPTIMIZER = Optimizer(
     },
 )
 
-# sf_torch.Together has the matrices in its first group, so they come first here.
+# sf_torch.CombinedOptimizer has the matrices in its first group, so they come first here.
 _MATRICES: dict[str, Any] = {
     "tree": {"tall": (8, 5), "wide": (4, 7), "vector": (6,), "scalar": ()}
 }

@@ -13,12 +13,12 @@ References:
 from typing import Any
 
 from sf_torch import _checks
-from sf_torch._adamw import AdamWScheduleFree
 from sf_torch._optimizer import ScheduleFree
-from sf_torch._radam import RAdamScheduleFree
-from sf_torch._sgd import SGDScheduleFree
+from sf_torch._optimizers.adamw import AdamWScheduleFree
+from sf_torch._optimizers.radam import RAdamScheduleFree
+from sf_torch._optimizers.sgd import SGDScheduleFree
+from sf_torch._optimizers.wrapper import ScheduleFreeWrapper
 from sf_torch._step.schedule import Group, where
-from sf_torch._wrapper import ScheduleFreeWrapper
 
 
 class Refined(ScheduleFree):

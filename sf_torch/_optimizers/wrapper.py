@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from sf_torch import _checks
-from sf_torch._forms import Reference
 from sf_torch._optimizer import (
     ITERATES,
     ScheduleFree,
     bookkeeping,
     restore_dtypes,
 )
+from sf_torch._optimizers.forms import Reference
 from sf_torch._step import formula
 from sf_torch._step.batches import Leaf, is_master, local
 from sf_torch._step.dispatch import Way

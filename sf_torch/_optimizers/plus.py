@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from sf_torch import _checks
-from sf_torch._adamw import AdamWScheduleFree
-from sf_torch._forms import Reference
 from sf_torch._optimizer import ScheduleFree, bookkeeping
+from sf_torch._optimizers.adamw import AdamWScheduleFree
+from sf_torch._optimizers.forms import Reference
 from sf_torch._step.numbers import Numbers
 from sf_torch._step.schedule import Group, one_minus_power
 

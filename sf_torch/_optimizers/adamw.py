@@ -15,8 +15,8 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from sf_torch import _checks
-from sf_torch._forms import Closure, Reference
 from sf_torch._optimizer import ScheduleFree, bookkeeping
+from sf_torch._optimizers.forms import Closure, Reference
 from sf_torch._step.numbers import Numbers
 from sf_torch._step.schedule import Group, adam, one_minus_power, where
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Together(torch.optim.Optimizer):
+class CombinedOptimizer(torch.optim.Optimizer):
     """Optimizers of different parameters that take their steps together.
 
     Args:
@@ -22,7 +22,7 @@ class Together(torch.optim.Optimizer):
     Examples:
       >>> import torch, sf_torch
       >>> model = torch.nn.Linear(3, 2)
-      >>> base = sf_torch.Together(
+      >>> base = sf_torch.CombinedOptimizer(
       ...     torch.optim.Muon([model.weight], lr=0.02, weight_decay=0.0),
       ...     torch.optim.AdamW([model.bias], lr=0.02, betas=(0.0, 0.999)),
       ... )

@@ -68,7 +68,7 @@ class Muon(torch.optim.Optimizer):
     Examples:
       >>> import torch, sf_torch
       >>> w = torch.nn.Parameter(torch.eye(3))
-      >>> base = sf_torch.Muon([w], lr=0.05, weight_decay=0.0, row_b2=0.95)
+      >>> base = sf_torch.bases.Muon([w], lr=0.05, weight_decay=0.0, row_b2=0.95)
       >>> optimizer = sf_torch.ScheduleFreeWrapper(base, momentum=0.9)
       >>> optimizer.train()
       >>> for _ in range(400):
@@ -217,6 +217,6 @@ def _check(group: Mapping[str, Any]) -> None:
         if p.ndim != 2 or not p.is_floating_point():
             raise ValueError(
                 f"a parameter has shape {tuple(p.shape)} and dtype {p.dtype}, and Muon "
-                "takes real matrices. Give the others to AdamW: Together(Muon(...), "
-                "AdamW(...))."
+                "takes real matrices. Give the others to AdamW: "
+                "CombinedOptimizer(Muon(...), AdamW(...))."
             )

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from sf_torch._adamw import AdamWScheduleFree
 from sf_torch._optimizer import ScheduleFree, bookkeeping
+from sf_torch._optimizers.adamw import AdamWScheduleFree
 from sf_torch._step.numbers import Numbers
 from sf_torch._step.schedule import Group
 

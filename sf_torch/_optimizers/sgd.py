@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.optim.optimizer import ParamsT
 
-from sf_torch._forms import Closure, Reference
 from sf_torch._optimizer import ScheduleFree, bookkeeping
+from sf_torch._optimizers.forms import Closure, Reference
 from sf_torch._step.numbers import Numbers
 from sf_torch._step.schedule import Group
 
