@@ -114,7 +114,7 @@ OPTIMIZER = Optimizer(
     },
 )
 
-# sf_torch.CombinedOptimizer has the matrices in its first group, so they come first here.
+# CombinedOptimizer has the matrices in its first group, so they come first here.
 _MATRICES: dict[str, Any] = {
     "tree": {"tall": (8, 5), "wide": (4, 7), "vector": (6,), "scalar": ()}
 }
