@@ -93,7 +93,7 @@ METHODS: dict[str, tuple[Callable[..., Any], tuple[float, ...]]] = {
         (0.025, 0.05, 0.1, 0.2),
     ),
     "Refined Schedule-Free": (
-        partial(schedule_free, average=sf_jax.refined_average(50.0, b1=0.9)),
+        partial(schedule_free, average=sf_jax.refined_average(50.0)),
         (2e-3, 4e-3, 8e-3, 1.6e-2),
     ),
 }

@@ -5,11 +5,7 @@ References:
 """
 
 from sf_jax._adamw import schedule_free_adamw
-from sf_jax._averaging import (
-    exponential_average,
-    polynomial_average,
-    refined_average,
-)
+from sf_jax._averaging import exponential_average, refined_average
 from sf_jax._eval import check_params, eval_params, train_params
 from sf_jax._gpa import gpa_adamw
 from sf_jax._muon import growing_b1, schedule_free_muon
@@ -28,7 +24,6 @@ __all__ = [
     "exponential_average",
     "gpa_adamw",
     "growing_b1",
-    "polynomial_average",
     "refined_average",
     "schedule_free",
     "schedule_free_adamw",

@@ -18,7 +18,7 @@ the denominator at :math:`\sqrt v + \epsilon`:
 - ``"paper"`` multiplies it into lr_k, so that the averaging weight sees it too;
 - ``"algoperf"``, the winner of the self-tuning track of the AlgoPerf competition,
   multiplies it into the whole displacement but not into the averaging weight, decays
-  at x and keeps lr_k at eps or above;
+  at x unless told otherwise, and keeps lr_k at eps or above;
 - ``"adamc"``, for :mod:`sf_jax._plus` only, scales the decay by lr_k once more.
 
 References:
@@ -120,7 +120,17 @@ def denominator(
 ) -> jax.Array:
     """``sqrt(v / correction) + eps``"""
     nu = widen(nu)
-    return jnp.sqrt(nu / like(correction, nu)) + like(positive_eps(eps, nu.dtype), nu)
+    return root(nu / like(correction, nu)) + like(positive_eps(eps, nu.dtype), nu)
+
+
+def root(v: jax.Array) -> jax.Array:
+    """``sqrt(v)``, differentiable where v is 0.
+
+    The derivative of sqrt at 0 is infinite, and infinity times the derivative of v,
+    which is 0, is NaN. Here it is 0: v is 0 only while all gradients have been 0.
+    """
+    positive = v > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, v, 1)), 0)
 
 
 def positive_eps(
@@ -190,7 +200,7 @@ def schedule_free_adamw(
     *,
     r: float = 0.0,
     inner_momentum: float | None = None,
-    decay_at: str = "y",
+    decay_at: str | None = None,
     mask: Mask | None = None,
     average: Average | None = None,
     store_x: bool = False,
@@ -225,19 +235,19 @@ def schedule_free_adamw(
       r: steps are also weighed by ``(k + 1) ** r``.
       inner_momentum: decay rate of a first moment in the numerator, in [0, 1); None
         or 0 for the plain gradient, which keeps no first moment.
-      decay_at: "y", "z" or "x": what the decay pulls towards zero by.
+      decay_at: "y", "z" or "x": what the decay pulls towards zero by; None for "y",
+        or for "x" with ``variant="algoperf"``, as in its entry.
       mask: which leaves decay: a prefix tree of bools or a function of params giving
         one; None for all.
-      average: another averaging weight in place of that of ``r`` and
-        ``weight_lr_power``: :func:`~sf_jax.refined_average`,
-        :func:`~sf_jax.exponential_average`, or your own.
+      average: another averaging weight: :func:`~sf_jax.refined_average`,
+        :func:`~sf_jax.exponential_average`, or your own, as :func:`schedule_free` has
+        it; None for the weighted mean.
       store_x: keep x in the state, so that ``eval_params`` needs no params.
       moment_dtype: dtype of the moments; None for that of each
         parameter, at least float32, whatever ``state_dtype`` is. In bfloat16 a slow
         mean stands still: what a step adds is rounded away.
       variant: where the bias correction of v stands: "standard" (in the
-        denominator), "paper" or "algoperf", which decays at x whatever ``decay_at``
-        says.
+        denominator), "paper" or "algoperf" (see the module).
 
     Returns:
       An optax transformation whose state is a ``ScheduleFreeState``; its updates have
@@ -269,7 +279,10 @@ def schedule_free_adamw(
     _checks.decay_rate("inner_momentum", inner_momentum)
     _checks.eps(eps)
     _checks.weight_decay(weight_decay)
+    if decay_at is None:
+        decay_at = "x" if variant == "algoperf" else "y"
     _checks.choice("decay_at", decay_at, SEQUENCES)
+    _averaging.check_average(average, r, weight_lr_power)
     _checks.floating_dtype("moment_dtype", moment_dtype)
     _checks.choice("variant", variant, VARIANTS)
     step_size = _averaging.scheduled(learning_rate, warmup_steps)
@@ -277,7 +290,6 @@ def schedule_free_adamw(
         step_size = _with_bias_correction(step_size, b2)
     elif variant == "algoperf":
         step_size = _at_least(step_size, eps)
-        decay_at = "x"
     return rule(
         adamw_base(
             b2,
@@ -290,8 +302,9 @@ def schedule_free_adamw(
             variant,
         ),
         of_count(step_size),
-        average or _averaging.polynomial_average(r, weight_lr_power),
+        _averaging.polynomial_mean(r, weight_lr_power),
         b1,
+        average=average,
         state_dtype=state_dtype,
         store_x=store_x,
     )

@@ -27,6 +27,7 @@ References:
   Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -49,22 +50,32 @@ class Weights(NamedTuple):
 # R at most. c_k is 0 to all digits then.
 _NEVER_LEFT = 1e30
 
-Average = Callable[[jax.Array, Double, Weights], tuple[jax.Array, Weights]]
-"""``(count, lr_k, weights) -> (c_k, weights)``: how much of z' enters x."""
+Mean = Callable[[jax.Array, Double, Weights], tuple[jax.Array, Weights]]
+"""``(count, lr_k, weights) -> (w_k / W_k, weights)``: a weighted mean of all z."""
+
+Average = Callable[
+    [jax.Array, jax.Array, jax.typing.ArrayLike, jax.Array], jax.typing.ArrayLike
+]
+"""``(count, lr, b1, ckp1) -> c_k``: the share of z' in x', in place of ``ckp1``.
+
+All are scalars. ``count`` is the number of steps taken before this one, int32. ``lr``
+is the step size lr_k. ``b1`` is β of the y that this step forms. ``ckp1`` is the share
+in the weighted mean, ``w_k / W_k``, with the optimizer's ``r`` and ``weight_lr_power``.
+"""
 
 
-def polynomial_average(
+def polynomial_mean(
     r: jax.typing.ArrayLike = 0.0, weight_lr_power: jax.typing.ArrayLike = 2.0
-) -> Average:
-    """Weights ``(k+1)^r * lr_max^weight_lr_power``: the average of the paper's code.
+) -> Mean:
+    """The mean with weights ``(k+1)^r * lr_max^weight_lr_power``, the paper's.
 
     Args:
       r: power of the step number. 0 weighs all steps alike, 1 weighs late ones more.
       weight_lr_power: power of the largest step size so far; 2 keeps warmup steps
-        out of the average, 0 weighs them like any other.
+        out of the mean, 0 weighs them like any other.
     """
 
-    def average(
+    def mean(
         count: jax.Array, lr: Double, weights: Weights
     ) -> tuple[jax.Array, Weights]:
         # Where lr is the largest so far, its own low part belongs to it.
@@ -82,37 +93,46 @@ def polynomial_average(
         ckp1 = _double.divide(weight, _double.where(some, ratio, double(1.0))).hi
         return jnp.where(some, ckp1, 0.0), Weights(ratio, lr_max.hi)
 
-    return average
+    return mean
 
 
-def refined_average(
-    c: jax.typing.ArrayLike,
-    b1: optax.ScalarOrSchedule,
-    r: jax.typing.ArrayLike = 0.0,
-    weight_lr_power: jax.typing.ArrayLike = 2.0,
-) -> Average:
+def mean_after(c_warmup: jax.typing.ArrayLike, mean: Mean) -> Mean:
+    """x is z for the first ``c_warmup`` steps, which add no weight to the mean."""
+
+    def delayed(
+        count: jax.Array, lr: Double, weights: Weights
+    ) -> tuple[jax.Array, Weights]:
+        ckp1, later = mean(count, lr, weights)
+        warming = count < c_warmup
+        ratio = _double.where(warming, weights.ratio, later.ratio)
+        return jnp.where(warming, 1.0, ckp1), Weights(ratio, later.lr_max)
+
+    return delayed
+
+
+def refined_average(c: jax.typing.ArrayLike) -> Average:
     r"""Refined Schedule-Free: the length of the average apart from β.
 
     .. math::
 
         c_k = \min(1, (1 - \beta) \, C \, w_k / W_k)
 
+    β, and ``r`` and ``weight_lr_power`` of the weights :math:`w_k`, are those of the
+    optimizer that gets this as its ``average``.
+
     Args:
-      c: C, the decoupling constant; ``1 / (1 - b1)`` gives the plain average, more
-        weighs late steps more.
-      b1: β, what the optimizer gets as its ``b1``: a float, an array or a schedule.
-      r: as in :func:`polynomial_average`, whose ``w_k / W_k`` this scales.
-      weight_lr_power: likewise.
+      c: C, the decoupling constant, a float or an array; ``1 / (1 - b1)`` gives the
+        plain average, more weighs late steps more.
 
     Returns:
       An averaging weight, for the ``average`` of any optimizer here.
 
     Raises:
-      ValueError: a negative ``c``, ``b1`` outside [0, 1].
+      ValueError: a negative ``c``.
 
     Examples:
       >>> import sf_jax
-      >>> average = sf_jax.refined_average(50.0, b1=0.95)
+      >>> average = sf_jax.refined_average(50.0)
       >>> tx = sf_jax.schedule_free_adamw(0.01, b1=0.95, average=average)
 
     References:
@@ -122,15 +142,14 @@ def refined_average(
     _checks.non_negative(
         "c", c, "the decoupling constant, 1 / (1 - b1) at its plainest"
     )
-    _checks.interpolation("b1", b1)
-    polynomial = polynomial_average(r, weight_lr_power)
 
     def average(
-        count: jax.Array, lr: Double, weights: Weights
-    ) -> tuple[jax.Array, Weights]:
-        ckp1, weights = polynomial(count, lr, weights)
-        factor = c * complement(b1(count) if callable(b1) else b1)
-        return jnp.minimum(factor * ckp1, 1.0), weights
+        count: jax.Array,
+        lr: jax.Array,
+        b1: jax.typing.ArrayLike,
+        ckp1: jax.Array,
+    ) -> jax.Array:
+        return jnp.minimum(_scalar(c) * complement(b1) * ckp1, 1.0)
 
     return average
 
@@ -143,7 +162,8 @@ def exponential_average(mu_x: optax.ScalarOrSchedule = 0.9967) -> Average:
         of the count. ``1 - 1 / (k + 1)`` is the plain average of Schedule-Free.
 
     Returns:
-      An averaging weight, for the ``average`` of any optimizer here.
+      An averaging weight, for the ``average`` of any optimizer here. It weighs steps
+      by nothing but their age: ``r`` and ``weight_lr_power`` beside it are an error.
 
     Raises:
       ValueError: ``mu_x`` outside [0, 1].
@@ -158,27 +178,40 @@ def exponential_average(mu_x: optax.ScalarOrSchedule = 0.9967) -> Average:
         LLMs*, https://arxiv.org/abs/2512.17131
     """
     _checks.interpolation("mu_x", mu_x, "the weight of the old x in the new")
-
-    def average(
-        count: jax.Array, lr: Double, weights: Weights
-    ) -> tuple[jax.Array, Weights]:
-        return complement(mu_x(count) if callable(mu_x) else mu_x), weights
-
-    return average
+    return _Exponential(mu_x)
 
 
-def average_after(c_warmup: jax.typing.ArrayLike, average: Average) -> Average:
-    """x is z for the first ``c_warmup`` steps, which add no weight to the average."""
+@dataclasses.dataclass(frozen=True)
+class _Exponential:
+    """An :data:`Average` that can be told from those that look at ``ckp1``."""
 
-    def delayed(
-        count: jax.Array, lr: Double, weights: Weights
-    ) -> tuple[jax.Array, Weights]:
-        ckp1, later = average(count, lr, weights)
-        warming = count < c_warmup
-        ratio = _double.where(warming, weights.ratio, later.ratio)
-        return jnp.where(warming, 1.0, ckp1), Weights(ratio, later.lr_max)
+    mu_x: optax.ScalarOrSchedule
 
-    return delayed
+    def __call__(
+        self,
+        count: jax.Array,
+        lr: jax.Array,
+        b1: jax.typing.ArrayLike,
+        ckp1: jax.Array,
+    ) -> jax.Array:
+        return complement(self.mu_x(count) if callable(self.mu_x) else self.mu_x)
+
+
+def check_average(
+    average: Average | None,
+    r: jax.typing.ArrayLike,
+    weight_lr_power: jax.typing.ArrayLike,
+) -> None:
+    """Refuses powers of weights beside an average that has no weights."""
+    if not isinstance(average, _Exponential):
+        return
+    for name, value, default in (("r", r, 0), ("weight_lr_power", weight_lr_power, 2)):
+        # Arrays are not looked at: inject_hyperparams makes them of defaults too.
+        if _checks.is_number(value) and value != default:
+            raise ValueError(
+                f"{name} = {value} has no meaning for exponential_average, which does "
+                f"not weigh steps. Leave {name} out, or use a schedule as mu_x."
+            )
 
 
 def scheduled(

@@ -23,7 +23,12 @@ from jax.flatten_util import ravel_pytree
 
 from sf_jax import _paths
 from sf_jax._paths import ROOT, Path, show
-from sf_jax._schedule_free import ScheduleFreeState, recover_x, recover_y
+from sf_jax._schedule_free import (
+    ScheduleFreeState,
+    leaf_dtype,
+    recover_x,
+    recover_y,
+)
 
 _SCALARS = ("count", "b1", "weight_ratio", "weight_ratio_lo", "lr_max")
 # How many roundings y may be away from where x and z put it.
@@ -145,7 +150,7 @@ def train_params(state: Any, params: Any) -> Any:
         # Arithmetic in the wider of the two, as in the update.
         dtype = jnp.result_type(x)
         x = leaf.x if leaf.x is not None else jnp.asarray(x)
-        z = leaf.z.astype(jnp.promote_types(leaf.z.dtype, x.dtype))
+        z = leaf.z.astype(max(leaf_dtype(leaf.z), leaf_dtype(x), key=_bits))
         return recover_y(x, z, leaf.b1).astype(dtype)
 
     return _map_owned(to_y, _found_in(opt_state), params)
@@ -200,7 +205,7 @@ def check_params(state: Any, params: Any = None) -> None:
         if leaf is None or leaf.x is None or jnp.size(param) == 0:
             continue
         known += 1
-        wide = jnp.promote_types(leaf.z.dtype, jnp.float32)
+        wide = leaf_dtype(leaf.z)
         x, z, y = (jnp.asarray(a, wide) for a in (leaf.x, leaf.z, param))
         expected = recover_y(x, z, leaf.b1)
         distance = float(jnp.max(jnp.abs(y - expected.astype(jnp.result_type(param)))))
@@ -225,6 +230,10 @@ def find_states(state: Any) -> list[ScheduleFreeState]:
     """Every Schedule-Free state inside, outermost only, in the order of the tree."""
     _paths.check_depth(state)
     return [found.state for found in _walk(state)]
+
+
+def _bits(dtype: jax.typing.DTypeLike) -> int:
+    return jnp.finfo(dtype).bits
 
 
 def own(leaf: Any) -> Any:

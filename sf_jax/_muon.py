@@ -135,8 +135,8 @@ def schedule_free_muon(
         Muon.
       decay_at: "z", "y" or "x": what the decay pulls towards zero by. At y it has been
         found to let z drift in long runs.
-      average: another averaging weight in place of that of ``r`` and
-        ``weight_lr_power``.
+      average: another averaging weight, as :func:`schedule_free` has it; None for the
+        weighted mean.
       store_x: keep x in the state, so that ``eval_params`` needs no params.
       moment_dtype: dtype of the moments; None for that of each
         parameter, at least float32, whatever ``state_dtype`` is. In bfloat16 a slow

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sf_jax._adamw import root
 from sf_jax._decay import is_function
 
 
@@ -100,9 +101,9 @@ def _normalise_rows(
             return v + (1 - b2) * (mean - v)
 
         def normalise(p: jax.Array, v: jax.Array, numbers: Any) -> jax.Array:
-            p = p / (jnp.sqrt(v) + eps)
+            p = p / (root(v) + eps)
             axes = tuple(a for axis in numbers for a in _axes(axis, p))
-            norm = jnp.sqrt(jnp.sum(p**2, axis=axes, keepdims=True))
+            norm = root(jnp.sum(p**2, axis=axes, keepdims=True))
             size = prod(p.shape[a] for a in axes)
             return rms * sqrt(size) * p / jnp.maximum(norm, eps)
 

@@ -217,9 +217,7 @@ def schedule_free_plus(
     return rule(
         adamw_base(b2, eps, b1, weight_decay, "y", mask, moment_dtype, variant="adamc"),
         polyak_step_size(learning_rate, beta, eps, polyak_beta, upstream_compatible),
-        _averaging.average_after(
-            c_warmup, _averaging.polynomial_average(r, weight_lr_power)
-        ),
+        _averaging.mean_after(c_warmup, _averaging.polynomial_mean(r, weight_lr_power)),
         beta,
         state_dtype=state_dtype,
         store_x=store_x,

@@ -62,8 +62,8 @@ def schedule_free_prodigy(
       inner_momentum: Prodigy's own first moment, in [0, 1); β takes its place.
       estim_lr0: the first d, smaller than the distance to the solution.
       estim_lr_coef: a factor on the estimates of d.
-      average: another averaging weight in place of that of ``r`` and
-        ``weight_lr_power``.
+      average: another averaging weight, as :func:`schedule_free` has it; None for the
+        weighted mean.
       store_x: keep x in the state, so that ``eval_params`` needs no params.
       moment_dtype: dtype of the first and second moment; None for that of each
         parameter, at least float32, whatever ``state_dtype`` is. In bfloat16 a slow

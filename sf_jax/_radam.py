@@ -156,9 +156,9 @@ def schedule_free_radam(
         gradients (five with b2 = 0.999), move nothing. If not, they are SGD steps.
       mask: which leaves decay: a prefix tree of bools or a function of params giving
         one; None for all.
-      average: another averaging weight in place of that of ``r`` and
-        ``weight_lr_power``: :func:`~sf_jax.refined_average`,
-        :func:`~sf_jax.exponential_average`, or your own.
+      average: another averaging weight: :func:`~sf_jax.refined_average`,
+        :func:`~sf_jax.exponential_average`, or your own, as :func:`schedule_free` has
+        it; None for the weighted mean.
       store_x: keep x in the state, so that ``eval_params`` needs no params.
       moment_dtype: dtype of v; None for that of each
         parameter, at least float32, whatever ``state_dtype`` is. In bfloat16 a slow
@@ -193,6 +193,7 @@ def schedule_free_radam(
     _checks.eps(eps)
     _checks.weight_decay(weight_decay)
     _checks.floating_dtype("moment_dtype", moment_dtype)
+    _averaging.check_average(average, r, weight_lr_power)
     scheduled = _averaging.scheduled(learning_rate)
 
     def step_size(count: jax.Array) -> Double:
@@ -205,8 +206,9 @@ def schedule_free_radam(
     return rule(
         radam_base(b2, eps, weight_decay, mask, moment_dtype),
         of_count(step_size),
-        average or _averaging.polynomial_average(r, weight_lr_power),
+        _averaging.polynomial_mean(r, weight_lr_power),
         b1,
+        average=average,
         state_dtype=state_dtype,
         store_x=store_x,
     )

@@ -24,7 +24,8 @@ which is 0 while β is constant:
     y' - y = (c + e (1 - c)) (z - y) + (1 - \beta' (1 - c)) (z' - z)
 
 An optimizer is a choice for four seams: the base step (:class:`Base`), the step
-size (:class:`StepSize`), the averaging weight (:data:`~sf_jax._averaging.Average`)
+size (:class:`StepSize`), the averaging weight (:data:`~sf_jax._averaging.Mean`, and
+:data:`~sf_jax._averaging.Average` where it is not that of a weighted mean)
 and the interpolation (a function of the count). The rule knows none of them by name.
 
 References:
@@ -40,7 +41,7 @@ import jax.numpy as jnp
 import optax
 
 from sf_jax import _averaging, _checks, _double
-from sf_jax._averaging import Average, Weights
+from sf_jax._averaging import Average, Mean, Weights
 from sf_jax._double import Double, double, scalar_dtype
 
 SEQUENCES = ("y", "z", "x")
@@ -127,9 +128,10 @@ def of_count(step_size: Callable[[jax.Array], Double]) -> StepSize:
 def rule(
     base: Base,
     step_size: StepSize,
-    average: Average,
+    mean: Mean,
     b1: optax.ScalarOrSchedule,
     *,
+    average: Average | None = None,
     state_dtype: jax.typing.DTypeLike | None = None,
     store_x: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -206,12 +208,15 @@ def rule(
         )
         if base.lr_scale is not None:
             lr = _double.multiply(lr, double(base.lr_scale(base_state)))
-        ckp1, weights = average(
+        ckp1, weights = mean(
             state.count,
             lr,
             Weights(Double(state.weight_ratio, state.weight_ratio_lo), state.lr_max),
         )
         b1_of_y = next_b1(state.count)
+        if average is not None:
+            share = average(state.count, lr.hi, b1_of_y, ckp1)
+            ckp1 = jnp.asarray(share, scalar_dtype())
         if any(jax.tree.leaves(_lean_leaves(state))):
             # Only there: where x is stored, β may be 0.
             lean_coefficients = _lean_coefficients(ckp1, b1_of_y, state.b1)
@@ -320,8 +325,11 @@ def schedule_free(
         those narrower than it. A complex one means its real part where the parameter
         is real. The base sees z, and makes its moments, at least in float32.
       r: steps are also weighed by ``(k + 1) ** r``.
-      average: another averaging weight, in place of the one that ``r`` and
-        ``weight_lr_power`` describe: ``(count, lr, weights) -> (c, weights)``.
+      average: another averaging weight, a function ``(count, lr, b1, ckp1) -> c`` of
+        scalars: the steps taken before this one, the step size, β, and the weight of
+        this step in the mean that ``r`` and ``weight_lr_power`` describe. c is the
+        weight of z' in x', in [0, 1]. :func:`~sf_jax.refined_average`,
+        :func:`~sf_jax.exponential_average`, or your own; None for ``ckp1`` itself.
       decay_at: "y", "z" or "x": what ``base_optimizer`` gets as its params, and so
         what its weight decay pulls towards zero by.
       lr_scale: for a ``base_optimizer`` that finds its own step size: the factor on
@@ -372,6 +380,7 @@ def schedule_free(
     """
     _checks.learning_rate(learning_rate)
     _checks.choice("decay_at", decay_at, SEQUENCES)
+    _averaging.check_average(average, r, weight_lr_power)
     transformation = optax.with_extra_args_support(base_optimizer)
 
     def init(z: optax.Params) -> optax.OptState:
@@ -393,8 +402,9 @@ def schedule_free(
     return rule(
         Base(init, update, lr_scale),
         of_count(_averaging.scheduled(learning_rate)),
-        average or _averaging.polynomial_average(r, weight_lr_power),
+        _averaging.polynomial_mean(r, weight_lr_power),
         b1,
+        average=average,
         state_dtype=state_dtype,
         store_x=store_x,
     )

@@ -78,9 +78,9 @@ def schedule_free_sgd(
       decay_at: "y", "z" or "x": what the decay pulls towards zero by.
       mask: which leaves decay: a prefix tree of bools or a function of params giving
         one; None for all.
-      average: another averaging weight in place of that of ``r`` and
-        ``weight_lr_power``: :func:`~sf_jax.refined_average`,
-        :func:`~sf_jax.exponential_average`, or your own.
+      average: another averaging weight: :func:`~sf_jax.refined_average`,
+        :func:`~sf_jax.exponential_average`, or your own, as :func:`schedule_free` has
+        it; None for the weighted mean.
       store_x: keep x in the state, so that ``eval_params`` needs no params.
 
     Returns:
@@ -111,11 +111,13 @@ def schedule_free_sgd(
     _checks.warmup_steps(warmup_steps)
     _checks.weight_decay(weight_decay)
     _checks.choice("decay_at", decay_at, SEQUENCES)
+    _averaging.check_average(average, r, weight_lr_power)
     return rule(
         sgd_base(weight_decay, decay_at, mask),
         of_count(_averaging.scheduled(learning_rate, warmup_steps)),
-        average or _averaging.polynomial_average(r, weight_lr_power),
+        _averaging.polynomial_mean(r, weight_lr_power),
         b1,
+        average=average,
         state_dtype=state_dtype,
         store_x=store_x,
     )

@@ -55,7 +55,7 @@ OPTIMIZERS = {
     ),
 }
 
-refined = partial(adamw, average=sf_jax.refined_average(50.0, b1=0.9), weight_decay=0.1)
+refined = partial(adamw, average=sf_jax.refined_average(50.0), weight_decay=0.1)
 gpa = partial(sf_jax.gpa_adamw, weight_decay=0.1)
 FAMILY = {
     "plus": Optimizer(

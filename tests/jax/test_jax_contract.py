@@ -223,10 +223,20 @@ def test_extra_arguments_reach_the_base():
     np.testing.assert_allclose(updates, -0.25)
 
 
+WITH_AVERAGE = [
+    partial(sf_jax.schedule_free, optax.sgd(0.1), 0.1),
+    sf_jax.schedule_free_sgd,
+    sf_jax.schedule_free_adamw,
+    sf_jax.schedule_free_radam,
+    sf_jax.schedule_free_muon,
+    sf_jax.schedule_free_prodigy,
+]
+
+
 def test_another_average():
     """c = 1 - μ constant, as in the primal averaging of GPA."""
     tx = sf_jax.schedule_free(
-        optax.sgd(0.1), 0.1, average=lambda count, lr, weights: (0.25, weights)
+        optax.sgd(0.1), 0.1, average=lambda count, lr, b1, ckp1: 0.25
     )
     x = z = params = jnp.ones(2)
     state = tx.init(params)
@@ -237,6 +247,54 @@ def test_another_average():
         z = z - 0.1 * grads
         x = 0.75 * x + 0.25 * z
     np.testing.assert_allclose(sf_jax.eval_params(state, params), x, rtol=1e-6)
+
+
+def test_an_average_of_ones_own_gets_plain_scalars():
+    """It sees what the step is made of, and c is what it returns."""
+    seen, b1 = [], lambda count: 0.9 - 0.1 / (count + 1)
+
+    def average(*scalars):
+        seen.append([float(scalar) for scalar in scalars])
+        return scalars[-1] / 2
+
+    tx = sf_jax.schedule_free_sgd(
+        optax.linear_schedule(0.1, 0.3, 2), 2, b1, r=1.0, average=average
+    )
+    x = z = params = jnp.ones(2)
+    state, total = tx.init(params), 0.0
+    # lr_k with the warmup, and the weights (k + 1) lr_k^2.
+    for step, lr in enumerate([0.05, 0.2, 0.3]):
+        grads = gradients(params, step)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        weight = (step + 1) * lr**2
+        total += weight
+        expected = [step, lr, b1(step), weight / total]
+        assert seen[-1] == pytest.approx(expected, rel=1e-6)
+        z = z - lr * grads
+        x = x + weight / total / 2 * (z - x)
+    np.testing.assert_allclose(sf_jax.eval_params(state, params), x, rtol=1e-5)
+
+
+@pytest.mark.parametrize("powers", [{"r": 0.5}, {"weight_lr_power": 1.0}])
+@pytest.mark.parametrize("make", WITH_AVERAGE)
+def test_powers_beside_an_average_without_weights_are_refused(make, powers):
+    (name, value), average = *powers.items(), sf_jax.exponential_average(0.9)
+    with pytest.raises(ValueError, match=f"{name} = {value} has no meaning.*Leave"):
+        make(average=average, **powers)
+
+
+@pytest.mark.parametrize("decay_at", [None, "x", "y", "z"])
+def test_algoperf_decays_where_it_is_told(decay_at):
+    """Without a gradient only the decay moves z: by lr sqrt(1 - b2^k) λ p."""
+    tx = sf_jax.schedule_free_adamw(
+        0.5, b2=0.75, weight_decay=0.5, variant="algoperf", decay_at=decay_at
+    )
+    state = tx.init(jnp.float32(1))._replace(z=jnp.float32(3), b1=jnp.float32(0.5))
+    # With y = 1 and β = 1/2, x = 2 y - z.
+    p = {"x": -1.0, "y": 1.0, "z": 3.0}[decay_at or "x"]
+    _, state = tx.update(jnp.float32(0), state, jnp.float32(1))
+    assert state.z == pytest.approx(3 - 0.5 * 0.5 * 0.5 * p, rel=1e-6)
 
 
 BAD_ARGUMENTS = [

@@ -57,7 +57,7 @@ PLAIN = {
 @pytest.mark.parametrize("name", PLAIN)
 def test_refined_with_c_of_one_over_one_minus_beta_is_plain(name):
     make = PLAIN[name]
-    refined = make(b1=0.9, average=sf_jax.refined_average(10.0, b1=0.9))
+    refined = make(b1=0.9, average=sf_jax.refined_average(10.0))
     jax.tree.map(close, train(refined), train(make(b1=0.9)))
 
 
@@ -98,7 +98,7 @@ def test_gpa_upstream_is_one_whether_x_is_stored_or_not(decay_at):
 
 
 def test_refined_is_capped_at_z():
-    tx = sf_jax.schedule_free_sgd(0.1, average=sf_jax.refined_average(1e6, b1=0.9))
+    tx = sf_jax.schedule_free_sgd(0.1, average=sf_jax.refined_average(1e6))
     _, x, z = train(tx, steps=5)
     jax.tree.map(close, x, z)
 
@@ -342,7 +342,7 @@ BAD_ARGUMENTS = [
     (sf_jax.schedule_free_muon, {"momentum": 1.0}, "momentum.*got 1.0"),
     (sf_jax.schedule_free_muon, {"row_b2": 1.0}, "row_b2.*got 1.0"),
     (sf_jax.growing_b1, {"steps": 1}, "steps must be at least 2, got 1"),
-    (partial(sf_jax.refined_average, -1.0), {"b1": 0.9}, "c must not be negative"),
+    (sf_jax.refined_average, {"c": -1.0}, "c must not be negative"),
     (sf_jax.exponential_average, {"mu_x": 2.0}, "mu_x.*got 2.0"),
 ]
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sf_jax._averaging import Weights, one_minus_power, polynomial_average, scheduled
+from sf_jax._averaging import Weights, one_minus_power, polynomial_mean, scheduled
 from sf_jax._double import Double, add, divide, double, multiply
 from sf_jax._radam import rectification, rho
 
@@ -45,7 +45,7 @@ def test_ckp1_is_right_to_two_ulps(count, lr, power, r):
         latest, now = count * weight, (count + 1) * weight
     # The state knows lr_max as rounded, and what a weight of that would be.
     rounding = Fraction(float(np.float32(lr))) ** power / weight
-    average = jax.jit(polynomial_average(r, power))
+    average = jax.jit(polynomial_mean(r, power))
     ckp1, weights = average(
         jnp.int32(count),
         double(lr),
@@ -62,7 +62,7 @@ def test_ckp1_is_right_to_two_ulps(count, lr, power, r):
 def test_the_weight_sum_still_grows_at_1e8():
     """A thousand real steps from there; a float32 sum would not move at all."""
     start, steps, lr = 10**8, 1000, 0.0025
-    average = polynomial_average(0, 2)
+    average = polynomial_mean(0, 2)
     rounding = (Fraction(float(np.float32(lr))) / Fraction(lr)) ** 2
 
     def body(weights, count):
@@ -79,7 +79,7 @@ def test_the_weight_sum_still_grows_at_1e8():
 
 @pytest.mark.parametrize("lr", [1e-12, 1.0, 1e3])
 def test_ckp1_over_the_first_steps(lr):
-    average = polynomial_average(0, 2)
+    average = polynomial_mean(0, 2)
 
     def body(weights, count):
         ckp1, weights = average(count, double(lr), weights)
@@ -95,7 +95,7 @@ def test_ckp1_over_the_first_steps(lr):
 
 def test_ckp1_is_zero_while_nothing_has_weight():
     zero = jnp.zeros((), jnp.float32)
-    ckp1, weights = polynomial_average()(
+    ckp1, weights = polynomial_mean()(
         jnp.int32(0), double(0.0), Weights(Double(zero, zero), zero)
     )
     assert ckp1 == 0

@@ -40,9 +40,14 @@ def base(o: Options, variant: str = "standard") -> reference.AdamW:
 
 def in_jax(variant: str) -> Callable[[Options, bool], GradientTransformation]:
     """Builds a variant in sf_jax."""
-    names = "b1 b2 eps weight_decay weight_lr_power r inner_momentum decay_at"
+    names = "b1 b2 eps weight_decay weight_lr_power r inner_momentum"
     return lambda o, store_x: sf_jax.schedule_free_adamw(
-        o.lr, o.warmup_steps, **pick(o, names), store_x=store_x, variant=variant
+        o.lr,
+        o.warmup_steps,
+        **pick(o, names),
+        **changed(o, "decay_at"),
+        store_x=store_x,
+        variant=variant,
     )
 
 

@@ -37,8 +37,10 @@ def _jax(o: RefinedOptions, store_x: bool) -> Any:
         o.b2,
         o.eps,
         o.weight_decay,
+        o.weight_lr_power,
+        r=o.r,
         decay_at=o.decay_at,
-        average=sf_jax.refined_average(o.refined_c, o.b1, o.r, o.weight_lr_power),
+        average=sf_jax.refined_average(o.refined_c),
         store_x=store_x,
     )
 
