@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from sf_jax._torch_names import first_names
+from sf_jax.torch_checkpoint.names import first_names
 
 # Whatever a state keeps beside the moments: the iterates (y is also the parameter's
 # own value) and torch's count of steps, which is the group's k.
