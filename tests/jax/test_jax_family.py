@@ -64,11 +64,10 @@ def test_refined_with_c_of_one_over_one_minus_beta_is_plain(name):
 @pytest.mark.parametrize("name", PLAIN)
 def test_exponential_average_with_the_mu_of_a_mean_is_plain(name):
     """Where the step size is constant, so that all steps weigh alike."""
-    make = partial(PLAIN[name], **({} if name == "radam" else {"r": 0.0}))
-    if name == "radam":  # its step size grows; weigh its steps alike too
-        make = partial(make, weight_lr_power=0.0)
     mean = sf_jax.exponential_average(lambda count: 1 - 1 / (count + 1.0))
-    jax.tree.map(close, train(make(average=mean)), train(make()))
+    # RAdam's step size grows; its steps are to weigh alike too.
+    plain = PLAIN[name](weight_lr_power=0.0) if name == "radam" else PLAIN[name]()
+    jax.tree.map(close, train(PLAIN[name](average=mean)), train(plain))
 
 
 def test_gpa_with_the_coefficients_of_schedule_free_is_schedule_free():
