@@ -1,4 +1,4 @@
-"""AdamW Schedule-Free as submitted to AlgoPerf: its default is decay at x, and lr_k >= eps."""
+"""AdamW Schedule-Free as submitted to AlgoPerf: lr_k >= eps, decay by default at x."""
 
 import dataclasses
 
