@@ -94,7 +94,7 @@ def set_gradients(params, k, in_place=False):
         if in_place and p.grad is not None:
             p.grad.copy_(grad)
         else:
-            p.grad = grad
+            p.grad = grad.to(p.dtype)
 
 
 def loss_of(k):

@@ -1,0 +1,73 @@
+"""Every way of taking a step takes the step of the formula.
+
+``sf_torch/_step/formula.py`` has the step in plain operators, one parameter at a time.
+The lists of ``eager.py`` are held against it here, with PyTorch's one-pass kernels and
+without; the Triton kernel is held against the lists in ``test_torch_plans.py`` and
+``test_torch_fused.py``; compiled steps in ``test_torch_compiled.py``.
+"""
+
+import pytest
+import torch
+from members import MEMBERS, assert_same_iterates, build, iterates, run, tensors
+
+from sf_torch._step import dispatch, eager, formula
+
+# Large enough for the one-pass kernels, too small for them, and a scalar.
+SHAPES = [(40, 50), (700,), (3,), ()]
+STEPS = 5
+
+
+def trained(name, dtype, seen):
+    params = [torch.nn.Parameter(t.to(dtype)) for t in tensors(SHAPES)]
+    optimizer = build(name, params)
+    for k in range(STEPS):
+        run(optimizer, params, [k])
+        for plan in optimizer._plans.values():
+            seen |= {type(executor) for executor in plan.executors}
+    return iterates(optimizer, params)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str
+)
+@pytest.mark.parametrize("name", MEMBERS)
+def test_lists_take_the_step_of_the_formula(name, dtype, monkeypatch):
+    by_lists, by_formula = set(), set()
+    ours = trained(name, dtype, by_lists)
+    monkeypatch.setattr(eager, "takes", lambda pieces: False)
+    truth = trained(name, dtype, by_formula)
+    if "Wrapper" not in name:  # whose plans do not last
+        assert (by_lists, by_formula) == ({eager.Lists}, {formula.Plain})
+    # Some roundings a step; a bfloat16 parameter rounds to one of two neighbours.
+    wide = 2**-53 if dtype == torch.float64 else 2**-24
+    tolerance = dict.fromkeys(truth, 4 * STEPS * wide)
+    if dtype == torch.bfloat16:
+        tolerance["parameter"] = tolerance["x"] = 2**-7
+    for key in truth:
+        assert_same_iterates({key: ours[key]}, {key: truth[key]}, tolerance[key])
+
+
+def test_one_executor_is_seen_for_each_kind_of_array():
+    """Dense float32 goes through lists; what they do not take, through the formula."""
+    dense = torch.nn.Parameter(torch.ones(600, 2))
+    strided = torch.nn.Parameter(torch.ones(4, 6)[:, ::2])
+    complex_ = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    optimizer = build("SGDScheduleFree", [dense, strided, complex_])
+    run(optimizer, [dense], [0])
+    (plan,) = optimizer._plans.values()
+    assert [type(e) for e in plan.executors] == [eager.Lists]
+    for p in (strided, complex_):
+        optimizer.zero_grad()
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        (plan,) = optimizer._plans.values()
+        assert [type(e) for e in plan.executors] == [formula.Plain]
+
+
+def test_one_pass_kernels_take_what_is_worth_their_threads():
+    def pieces(size):
+        leaf = {"param": torch.ones(size), "z": torch.ones(size)}
+        return next(dispatch.batches.blocks([(0, leaf)], together=True))
+
+    assert eager.one_pass(pieces(2**16))
+    assert not eager.one_pass(pieces(2))
