@@ -1,1 +1,1 @@
-"""What `python -m parity_tests` does, one file a command."""
+"""The commands of ``python -m parity_tests``, one module a command."""

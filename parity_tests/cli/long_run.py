@@ -5,9 +5,9 @@
 trains 512 weights for 20,000 steps with AdamW and SGD, draws
 ``docs/images/long_run.png`` and writes the table in ``docs/parity.md``.
 
-The gradients are those that the reference meets on a noisy quadratic, rounded to
-float32. Every package is fed the same ones, the reference too, so that what parts
-them is what each rounds off by itself.
+The reference takes the gradients of a noisy quadratic, rounded to float32. Every
+package is then given exactly these gradients, so that packages differ by their own
+rounding only.
 """
 
 import argparse
@@ -41,11 +41,11 @@ NAMES = {"sf_jax": "sf_jax", "sf_torch": "sf_torch", "meta": "schedulefree 1.4.1
 NAMES["optax"] = "optax.contrib"
 
 Gradient = Callable[[Any, Any], Any]
-"""Of the live parameters and the step's row of data, in either framework."""
+"""(parameters, the step's row of data) -> gradient, in either framework."""
 
 
 class Run(NamedTuple):
-    """The reference's run, and what the others are fed."""
+    """The reference's run, and the gradients that the packages are given."""
 
     start: np.ndarray  # (weights,) float32
     grads: np.ndarray  # (steps, weights) float32
@@ -53,7 +53,7 @@ class Run(NamedTuple):
 
 
 def reference_run(name: str, steps: int, every: int, seed: int) -> Run:
-    """float64, on a quadratic of curvatures from 0.01 to 1 with noisy gradients."""
+    """Runs the reference on a noisy quadratic with curvatures from 0.01 to 1."""
     rng = np.random.default_rng(seed)
     start = rng.normal(size=WEIGHTS).astype(np.float32)
     curvature = 10.0 ** rng.uniform(-2, 0, size=WEIGHTS)
@@ -72,7 +72,7 @@ def reference_run(name: str, steps: int, every: int, seed: int) -> Run:
 
 
 def fed(y: Any, row: Any) -> Any:
-    """The gradient is the row itself, whatever y is."""
+    """A :data:`Gradient` that is the row itself and does not depend on y."""
     return row
 
 
@@ -118,7 +118,7 @@ def in_torch(
         p.grad = gradient(p.detach(), row).clone()
         optimizer.step()
         if (k + 1) % every == 0:
-            # There and back would round y, which a loop does once an epoch at most.
+            # eval() and train() would round y at each measurement. It is put back.
             y = p.detach().clone()
             optimizer.eval()
             xs.append(p.detach().double().numpy())
@@ -138,7 +138,7 @@ def _jax_run(name: str, package: str, every: int) -> Any:
 
 
 def x_of(package: str, name: str, run: Run, every: int) -> np.ndarray:
-    """What the package ("sf_jax", "sf_torch", "meta", "optax") makes of the run."""
+    """x in the package ("sf_jax", "sf_torch", "meta", "optax"), given the run."""
     row, options = OPTIMIZERS[name], SETTINGS[name]
     if package in ("sf_jax", "optax"):
         start, grads = jnp.asarray(run.start), jnp.asarray(run.grads)
@@ -205,7 +205,7 @@ def plot(found: Mapping[str, Mapping[str, np.ndarray]], every: int, path: Path) 
 
 
 def insert(text: str, region: str, content: str) -> str:
-    """``text`` with what stands between the region's two marks replaced."""
+    """``text`` with ``content`` between the two marks of the region."""
     begin, end = f"<!-- {region}: begin -->\n", f"<!-- {region}: end -->"
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)

@@ -1,4 +1,4 @@
-"""The parity matrix, the replay of recorded runs and a long run, from the command line.
+"""The command line: the parity matrix, the replay of recorded runs and a long run.
 
     python -m parity_tests matrix --report out/parity
     python -m parity_tests matrix --case 'adamw/*' --steps 50 --device gpu
@@ -13,16 +13,16 @@ from collections.abc import Sequence
 
 from parity_tests.cli import long_run, matrix, replay
 
-# Each has add_arguments(parser) and run(arguments) -> exit status.
+# A module of a command has add_arguments(parser) and run(arguments) -> exit status.
 COMMANDS = {"matrix": matrix, "replay": replay, "long-run": long_run}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; its exit status is 1 where two implementations part."""
+    """Runs a command and returns its exit status: 1 where implementations differ."""
     parser = argparse.ArgumentParser(
         prog="sf-parity",
-        description="Holds sf_jax and sf_torch against a float64 reference, against "
-        "Meta's schedulefree and against each other, step by step.",
+        description="Compares sf_jax and sf_torch with a float64 reference, with "
+        "Meta's schedulefree and with each other, step by step.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():

@@ -1,7 +1,7 @@
-"""Runs the registry in every voice and prints how far they are apart.
+"""Runs the cases of the registry in every voice and prints how far the voices differ.
 
-Exit status 1 where two are further apart than they may be. A device that is absent,
-or a case that a package cannot run, is listed as skipped.
+The exit status is 1 where two voices are further apart than their limit. A device that
+is absent and a case that a package cannot run are listed as skipped.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from parity_tests.registry.case import STEPS, Case
 from parity_tests.runners.voices import VOICES, unsupported
 from parity_tests.runners.voices import run as run_voice
 
-# What --device means: where JAX runs, and where PyTorch does (None: nowhere).
+# By the value of --device, the device of each framework. None: it is not run.
 DEVICES: dict[str, dict[str, str | None]] = {
     "cpu": {"jax": "cpu", "torch": "cpu"},
     "gpu": {"jax": "gpu", "torch": "cuda"},
@@ -37,7 +37,7 @@ DEVICES: dict[str, dict[str, str | None]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Skip:
-    """Something that was not run, and why."""
+    """A package, kernel or device that was not run, and why."""
 
     what: str
     reason: str
@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def find_devices(name: str) -> tuple[dict[str, str], list[Skip]]:
-    """By framework the device to run on, and what is absent."""
+    """The device of each framework that is to run, and the devices that are absent."""
     places, absent = {}, []
     for framework, device in DEVICES[name].items():
         if device is None:
@@ -139,6 +139,7 @@ def _present(framework: str, device: str) -> bool:
 def outcomes_of(
     cases: list[Case], places: dict[str, str], steps: int | None, console: Console
 ) -> Iterable[Outcome]:
+    """Runs and compares the cases, in the order in which results are ready."""
     voices = [
         name
         for name, row in VOICES.items()
@@ -149,7 +150,7 @@ def outcomes_of(
         return places.get(VOICES[voice].framework, "cpu")
 
     pairs = {case: comparisons(case, voices, place) for case in cases}
-    # JAX compiles in a thread of its own while PyTorch takes its steps in this one.
+    # JAX compiles in a second thread while PyTorch takes its steps in this one.
     with ThreadPoolExecutor(1) as pool:
         ahead = {
             case: [
@@ -175,7 +176,7 @@ def _in_jax(pair: Pair) -> bool:
 
 
 def skips(cases: list[Case], places: dict[str, str]) -> list[Skip]:
-    """The packages, and the fused kernel, that can't run a case."""
+    """The packages, and the fused kernel, that cannot run a case of these."""
     found = {}
     for case in cases:
         for voice, row in VOICES.items():

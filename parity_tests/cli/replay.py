@@ -2,10 +2,10 @@
 
     sf-parity replay run.safetensors
 
-Both are driven with the gradients that ``sf_torch.record`` wrote down, from the state
-in which the recording began, and held against the recorded y and x. Where they part,
-the reference is replayed once more under each of :data:`HYPOTHESES`: the one that
-brings it back to the recorded run is the likely reason.
+Both start from the state in which the recording began, take the gradients that
+``sf_torch.record`` wrote down, and are compared with the recorded y and x. Where they
+differ, the reference is run again under each of :data:`HYPOTHESES`. The hypothesis
+under which it agrees with the recorded run is the likely reason.
 """
 
 import argparse
@@ -31,29 +31,32 @@ from parity_tests.registry import OPTIMIZERS
 from parity_tests.runners.recorded_run import Group, Run
 from sf_jax import torch_checkpoint
 
-_LIMIT_STEPS = 300  # what tolerances.py speaks of; rounding adds up with the steps
-# and of small trees: the worst of 1e8 weights walks further at random than the worst
-# of 50, and trained weights are not noise. What differs does so by thousands of ulps.
+# The limits of tolerances.py are for runs of 300 steps. Rounding grows with the steps.
+_LIMIT_STEPS = 300
+# They are for small trees, too. The worst of 1e8 weights is further off by chance than
+# the worst of 50. A real difference is thousands of ulps.
 _ROOM = 4
-_CLEARLY_CLOSER = 30  # a reason that does not fit fully has to help this much
+# A hypothesis that leaves the limit is still the likely reason if it comes this many
+# times closer.
+_CLEARLY_CLOSER = 30
 
 
 @dataclasses.dataclass
 class Worst:
-    """How far something went from the recorded run, and where it first left it."""
+    """The largest distance from a recorded run, and where it first left the limit."""
 
-    limit: float  # of the first steps; it grows with them, as rounding does
-    ratio: float = 0.0  # to the limit, at worst
-    ulps: float = 0.0  # at that place
+    limit: float  # in ulps, up to _LIMIT_STEPS; it grows in proportion after that
+    ratio: float = 0.0  # the largest distance as a multiple of the limit
+    ulps: float = 0.0  # the distance there
     where: str = ""
-    parted: str = ""  # the first place beyond the limit
+    parted: str = ""  # the first place beyond the limit; empty if there is none
 
     def see(self, ulps: float, step: int, what: str) -> None:
         ratio = ulps / (self.limit * max(1.0, step / _LIMIT_STEPS))
         where = f"step {step}, {what}"
         if not ratio <= 1 and not self.parted:
             self.parted = where
-        if not ratio <= self.ratio:  # NaN is as far as can be
+        if not ratio <= self.ratio:  # NaN counts as infinitely far
             self.ratio = np.inf if np.isnan(ratio) else ratio
             self.ulps, self.where = ulps, where
 
@@ -64,7 +67,7 @@ class Worst:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What a replay found."""
+    """The result of a replay."""
 
     optimizer: str
     steps: int
@@ -157,7 +160,8 @@ def _drive(run: Run, voices: list[Any], limits: list[float]) -> list[Worst]:
 class _InReference:
     def __init__(self, run: Run, hypothesis: Hypothesis) -> None:
         self.hypothesis = hypothesis
-        # Where it is known what was evaluated, x is the optimizer's own word.
+        # Where evaluated weights were recorded, these show whether y was taken for x;
+        # otherwise the recorded x is what was evaluated.
         self.taken_for_x = ("evaluated",) if run.has_evaluated else ("x",)
         groups = [
             (group.names, hypothesis.seams(group) or plain(group))
@@ -177,7 +181,7 @@ class _InReference:
 
 
 def _resume(optimizer: reference.ScheduleFree, run: Run) -> None:
-    """Puts the reference where the recording began."""
+    """Gives the reference the state in which the recording began."""
     optimizer.k = run.k
     optimizer.x.update({n: wide(leaf) for n, leaf in run.start_x.items()})
     optimizer.z.update({n: wide(leaf) for n, leaf in run.state["z"].items()})
@@ -204,7 +208,7 @@ def _resume(optimizer: reference.ScheduleFree, run: Run) -> None:
 
 @functools.lru_cache(maxsize=16)
 def _jax_step(groups: tuple[Group, ...]) -> tuple[Any, Any]:
-    """The transformation, and a jitted step that also gives y and x in full."""
+    """The transformation, and a jitted step that also returns y and x unrounded."""
 
     def build(group: Group) -> Any:
         return OPTIMIZERS[group.optimizer].jax(group.options, False)
@@ -220,7 +224,7 @@ def _jax_step(groups: tuple[Group, ...]) -> tuple[Any, Any]:
         new_params = optax.apply_updates(params, updates)
 
         def unless_missing(path: Any, old: Any, new: Any) -> Any:
-            # In PyTorch a parameter without a gradient stays as it is.
+            # In PyTorch a parameter without a gradient and its state do not change.
             name = getattr(path[-1], "key", None) if path else None
             return old if name in params and name not in grads else new
 
@@ -228,7 +232,7 @@ def _jax_step(groups: tuple[Group, ...]) -> tuple[Any, Any]:
         state = jax.tree.map_with_path(unless_missing, state, moved)
         x = sf_jax.eval_params(state, jax.tree.map(_at_least_float32, params))
         in_full = sf_jax.train_params(state, x)
-        # What a bfloat16 parameter rounds off is optax's; the state has y in full.
+        # A bfloat16 parameter holds y rounded by optax; the state has y unrounded.
         y = {n: in_full[n] if p.dtype == jnp.bfloat16 else p for n, p in params.items()}
         return params, state, {"y": y, "x": x}
 
@@ -279,7 +283,7 @@ class _InJax:
 
 
 def _ulps(recorded: np.ndarray, ours: np.ndarray) -> float:
-    """The distance in ulps, less what rounding to bfloat16 explains."""
+    """The distance in ulps, less the rounding to bfloat16 where that was recorded."""
     if not recorded.size:
         return 0.0
     a, b = wide(recorded), wide(ours)

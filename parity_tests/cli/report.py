@@ -36,7 +36,7 @@ def write(
     steps: int | None,
     seconds: float,
 ) -> pathlib.Path:
-    """Writes ``index.html`` and ``summary.json`` and gives the page's path."""
+    """Writes ``index.html`` and ``summary.json`` and returns the path of the page."""
     folder.mkdir(parents=True, exist_ok=True)
     facts = {
         "device": device,
@@ -81,7 +81,7 @@ def write(
 
 
 def worst_by_package(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], Outcome]:
-    """By (package, against) the outcome that uses most of its limit."""
+    """By (package, yardstick) the outcome that is largest as a share of its limit."""
     found: dict[tuple[str, str], Outcome] = {}
     for o in outcomes:
         key = VOICES[o.voice].package, o.against
@@ -125,7 +125,7 @@ def _svg(
 def _shares(
     cases: Sequence[Case], outcomes: Sequence[Outcome], steps: int | None
 ) -> Figure:
-    """One row per case: sf_jax and sf_torch against the reference and Meta."""
+    """A plot with a row a case: sf_jax and sf_torch against the reference and Meta."""
     names = [case.name for case in cases]
     figure = Figure(figsize=(9, 1 + 0.17 * len(names)))
     for ax, against in zip(
@@ -152,7 +152,7 @@ def _shares(
 def _curves(
     cases: Sequence[Case], outcomes: Sequence[Outcome], steps: int | None
 ) -> Figure:
-    """y, x and z over the steps, of a few cases; all of them where few were run."""
+    """Plots the distances of y, x and z by step, for a few cases of those that ran."""
     ran = {(o.case, o.voice) for o in outcomes}
     shown = [case for case in cases if case.name in _CURVES] or list(cases)[:4]
     figure = Figure(figsize=(9, 2.1 * len(shown)))

@@ -8,8 +8,8 @@ from rich.text import Text
 from parity_tests.compare.harness import Outcome
 from parity_tests.runners.voices import VOICES
 
-# What a column of the table sums up: (package, what it is compared with). What Meta's
-# package lacks was recorded from elsewhere, for some optimizers.
+# Each column: a package, and the yardsticks of which it shows the worst. Golden files
+# stand in for what Meta's package does not have.
 COLUMNS = (
     ("sf_jax", ("reference",)),
     ("sf_torch", ("reference",)),
@@ -25,7 +25,7 @@ WIDTH = 190  # of the whole table
 def worst(
     outcomes: Iterable[Outcome], package: str, against: Collection[str]
 ) -> Outcome | None:
-    """The outcome furthest off, of one package's voices against such yardsticks."""
+    """The worst outcome of a package's voices against the yardsticks in ``against``."""
     fitting = [
         o
         for o in outcomes

@@ -1,1 +1,1 @@
-"""How far two trajectories are apart, and how far they may be."""
+"""Says how far two trajectories are apart, and how far they may be."""

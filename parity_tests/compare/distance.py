@@ -25,11 +25,15 @@ class Distance:
 def distances(
     a: Trajectory, b: Trajectory, dtype: str
 ) -> dict[tuple[str, str], np.ndarray]:
-    """By (sequence, leaf) the distance at every step in ulps; b is the yardstick.
+    """The distance at every step in ulps of b, by (sequence, leaf).
 
-    An ulp is ``eps · max(1, max|w|)`` with the largest weight of the leaf at that step
-    and the dtype's eps; for bfloat16, float32's: that is what the state is kept in,
-    and a parameter's own rounding is taken off before its distance is measured.
+    An ulp is ``eps · max(1, max|w|)``, with eps of the dtype and the largest weight of
+    the leaf in b at that step. bfloat16 cases use the eps of float32, in which the
+    state is kept: the rounding of the parameters to bfloat16 is subtracted from their
+    distance first.
+
+    Raises:
+      ValueError: trajectories of different leaves or shapes.
     """
     found = {}
     steps = min(len(a), len(b))
@@ -57,7 +61,7 @@ def distances(
 
 
 def compare(a: Trajectory, b: Trajectory, dtype: str) -> Distance:
-    """The worst of :func:`distances`, and in which sequence, leaf and step."""
+    """The largest of :func:`distances`, with its sequence, leaf and step."""
     worst = Distance(0.0)
     for (sequence, leaf), ulps in distances(a, b, dtype).items():
         if ulps.size and ulps.max() > worst.ulps:
@@ -66,6 +70,6 @@ def compare(a: Trajectory, b: Trajectory, dtype: str) -> Distance:
 
 
 def curve(a: Trajectory, b: Trajectory, dtype: str, sequence: str) -> np.ndarray:
-    """The distance of one sequence at every step, over all leaves."""
+    """The largest distance over all leaves at every step, of one sequence."""
     found = [u for (name, _), u in distances(a, b, dtype).items() if name == sequence]
     return np.max(found, axis=0) if found else np.full(len(b), np.nan)

@@ -21,7 +21,7 @@ Pair = tuple[str, str]  # (voice, the voice it is compared with)
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How far ``voice`` was from ``against``, and how far it may be."""
+    """How far the voice is from the voice ``against``, and how far it may be."""
 
     case: str
     voice: str
@@ -42,7 +42,7 @@ def check(
     device: str = "cpu",
     other_device: str = "cpu",
 ) -> Outcome:
-    """Compares two voices at every step, in y, x and z."""
+    """Runs a case in two voices and compares y, x and z at every step."""
     trajectories = (
         run(case, voice, steps, device),
         run(case, against, steps, other_device),
@@ -64,7 +64,11 @@ def comparisons(
     voices: Iterable[str] = tuple(VOICES),
     device_of: Callable[[str], str] = lambda voice: "cpu",
 ) -> list[Pair]:
-    """What is compared of a case: (voice, against), of the voices that can run it."""
+    """The pairs (voice, against) of a case, of those voices that can run it.
+
+    Every voice is compared with the reference, ours also with Meta's and with the
+    golden file where there is one, and JAX with PyTorch.
+    """
     able = [
         v
         for v in dict.fromkeys((*voices, "reference"))

@@ -1,4 +1,4 @@
-"""What may be different about a run that leaves the reference's trajectory."""
+"""Hypotheses: reasons for which a recorded run may differ from the reference."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -13,19 +13,19 @@ from parity_tests.runners.recorded_run import Group
 
 @dataclasses.dataclass(frozen=True)
 class Hypothesis:
-    """Something that may be different about the recorded run.
+    """One reason for which the recorded run may differ.
 
-    ``seams`` builds the optimizer that the run would then have followed, or None
-    where it would be the same.
+    ``seams`` builds the reference as the run would then have followed it. It returns
+    None where the hypothesis changes nothing.
     """
 
     reason: str
     seams: Callable[[Group], Seams | None]
-    x_is_y: bool = False
-    narrow_state: bool = False
+    x_is_y: bool = False  # y was evaluated in place of x
+    narrow_state: bool = False  # the state is in a dtype below float32
 
     def coarser(self, groups: Iterable[Group]) -> float:
-        """How many times more than float32's the rounding is that may be expected."""
+        """The expected rounding as a multiple of float32's."""
         if not self.narrow_state:
             return 1.0
         widest = max(float(ml_dtypes.finfo(group.z_dtype).eps) for group in groups)
@@ -33,6 +33,7 @@ class Hypothesis:
 
 
 def plain(group: Group) -> Seams:
+    """The seams that the recorded options ask for."""
     seams = OPTIMIZERS[group.optimizer].reference(group.options)
     if hasattr(seams.base, "counts_apart"):
         seams.base.counts_apart = group.counts_apart
@@ -40,7 +41,7 @@ def plain(group: Group) -> Seams:
 
 
 def _with(optimizer: str | None = None, **changes: Any) -> Callable[[Group], Any]:
-    """With other options, or as another optimizer."""
+    """Seams with other options, or of another optimizer."""
 
     def seams(group: Group) -> Seams | None:
         options = dataclasses.replace(group.options, **changes)
@@ -54,14 +55,17 @@ def _with(optimizer: str | None = None, **changes: Any) -> Callable[[Group], Any
 
 
 def _variant(optimizer: str) -> Callable[[Group], Seams | None]:
-    """Another place for the bias correction."""
+    """Seams of another variant of AdamW, which differs in its bias correction."""
     return lambda group: (
         _with(optimizer)(group) if group.optimizer.startswith("adamw") else None
     )
 
 
 def _warmup(more: int = 0, shift: int = 0, average_shift: int | None = None) -> Any:
-    """Warmup over more steps, or as if ``shift`` more steps had been taken."""
+    """Seams with ``more`` steps of warmup, or a warmup that is ``shift`` steps ahead.
+
+    ``average_shift`` is that of the step size which the average sees, if it differs.
+    """
 
     def seams(group: Group) -> Seams | None:
         steps = group.options.warmup_steps
@@ -79,7 +83,7 @@ def _warmup(more: int = 0, shift: int = 0, average_shift: int | None = None) -> 
         def weight(k: int, lr: float) -> float:
             return average(k, seen["lr"])
 
-        weight.memory = average  # type: ignore[attr-defined]  # for whom sets its sums
+        weight.memory = average  # type: ignore[attr-defined]  # replay sets its sums
         return changed._replace(step_size=shifted, average=weight)
 
     return seams
@@ -118,7 +122,7 @@ HYPOTHESES = (
         plain,
         x_is_y=True,
     ),
-    # What bfloat16 arithmetic rounds to can't be replayed, only bounded.
+    # Rounding to bfloat16 cannot be replayed. Its size can be bounded.
     Hypothesis(
         "the state is bfloat16, which rounds this much",
         lambda group: plain(group) if group.z_dtype == "bfloat16" else None,

@@ -1,15 +1,15 @@
 """How far two implementations may be apart, in ulps, and why.
 
 An ulp is ``eps · max(1, max|w|)`` with the largest weight of the leaf at that step.
-Nothing here is widened to make a case pass: a case that needs more says so, with its
-reason, in its own row of the registry.
+No limit here is widened to make a case pass. A case that needs more has a limit of its
+own, with its reason, in the module of its optimizer in the registry.
 """
 
 from collections.abc import Mapping
 
 from parity_tests.registry.case import Limit
 
-# Where parameters are bfloat16, what is compared is state in float32.
+# With bfloat16 parameters the state is float32, and the state is compared.
 _EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-23, "float64": 2.0**-52}
 
 _RANDOM_WALK = "z and y are each rounded once a step; over 300 steps it adds up"

@@ -1,8 +1,8 @@
-"""Where gradients come from: a fixed noisy stream, or a small model.
+"""Sources of gradients: a fixed noisy stream, a recorded run, or a small network.
 
-A source holds what every step needs (``data``, leading axis the steps) and has one
-function per framework: ``numpy``, ``jax`` and ``torch``, each (params, step's data)
--> (loss, gradients). A gradient of None: the leaf has none at that step.
+A source keeps the data of every step in ``data``, whose leading axis is the steps. Its
+methods ``numpy``, ``jax`` and ``torch`` take (params, the step's data) and return
+(loss, gradients). A gradient of None means that the leaf has none at that step.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ Tree = Mapping[str, tuple[int, ...]]  # shapes by leaf
 
 
 def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
-    """To ``dtype``, in a NumPy dtype that holds it exactly."""
+    """``values`` rounded to ``dtype``, in a NumPy dtype that holds them exactly."""
     if np.iscomplexobj(values):
         return values.astype(np.complex128 if dtype == "float64" else np.complex64)
     return values.astype(jnp.dtype(dtype)).astype(
@@ -29,7 +29,7 @@ def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def initial(tree: Tree, dtype: str, is_complex: bool = False) -> dict[str, np.ndarray]:
-    """Seeded starting weights, of the size that networks have."""
+    """Seeded initial weights with a standard deviation of 0.2."""
     return {
         name: rounded(0.2 * _normal(shape, [1, i], is_complex), dtype)
         for i, (name, shape) in enumerate(tree.items())
@@ -39,7 +39,7 @@ def initial(tree: Tree, dtype: str, is_complex: bool = False) -> dict[str, np.nd
 def _normal(
     shape: tuple[int, ...], seed: Sequence[int], is_complex: bool = False
 ) -> np.ndarray:
-    # A generator for each leaf: a longer run begins like a shorter one.
+    # Each leaf has a generator of its own, so that a longer run begins like a shorter.
     rng = np.random.default_rng(seed)
     if not is_complex:
         return np.asarray(rng.normal(size=shape))
@@ -48,12 +48,12 @@ def _normal(
 
 
 class Stream:
-    """Gradients that don't depend on the weights: a drift, and noise around it.
+    """Gradients that do not depend on the weights: a constant drift plus noise.
 
-    The same numbers for every voice, so that what differs is the optimizers' own.
+    Every voice gets the same numbers, so that voices differ by their own rounding only.
 
     Args:
-      missing: for some leaves, the steps at which they have no gradient.
+      missing: by leaf, the steps at which it has no gradient.
     """
 
     def __init__(
@@ -68,7 +68,8 @@ class Stream:
         for i, (name, shape) in enumerate(tree.items()):
             drift = _normal(shape, [2, i], is_complex)
             noise = _normal((steps, *shape), [3, i], is_complex)
-            grads[name] = 10.0 ** -(i % 3) * (0.2 * drift + noise)  # of unequal scale
+            # The scale of gradients differs from leaf to leaf.
+            grads[name] = 10.0 ** -(i % 3) * (0.2 * drift + noise)
             grads[name][7:8] = 0
         value = 1 + np.random.default_rng(4).uniform(size=steps)
         self.data: dict[str, Any] = {
@@ -100,7 +101,7 @@ class Stream:
 
 
 class Recorded(Stream):
-    """The gradients of a trajectory that was recorded from another implementation."""
+    """The gradients of a golden file."""
 
     def __init__(self, name: str, steps: int) -> None:
         file = recorded(name)
@@ -114,7 +115,7 @@ class Recorded(Stream):
 
 @functools.cache
 def recorded(name: str) -> dict[str, np.ndarray]:
-    """A golden file: init/LEAF, and grad/LEAF, y/LEAF, x/LEAF, z/LEAF by step."""
+    """Reads a golden file: init/LEAF, and by step grad/LEAF, y/LEAF, x/LEAF, z/LEAF."""
     with np.load(pathlib.Path(__file__).parents[1] / "golden" / f"{name}.npz") as file:
         return dict(file)
 
@@ -124,7 +125,7 @@ NETWORK: Tree = {"w1": (6, 8), "b1": (8,), "w2": (8,), "b2": ()}
 
 @dataclasses.dataclass
 class Network:
-    """A tanh network fitted to a noisy function: each framework differentiates it.
+    """A tanh network, fitted to a noisy function and differentiated by each framework.
 
     loss = mean((tanh(inputs w1 + b1) w2 + b2 - targets)²) / 2
     """

@@ -1,1 +1,1 @@
-"""Runs one case in one voice: NumPy, JAX or PyTorch."""
+"""Runs a case of the registry and returns its trajectory."""

@@ -24,9 +24,14 @@ def run(
     store_x: bool = False,
     package: str = "sf_jax",
 ) -> Trajectory:
-    """``mode``: "eager", "jit" (of one step) or "scan" (one program of all steps)."""
+    """Runs a case.
+
+    Args:
+      mode: "eager", "jit" (each step compiled) or "scan" (one program of all steps).
+      package: "sf_jax" or "optax".
+    """
     place = jax.default_device(jax.devices(device)[0])
-    # What accelerators take for float32 in products is less, unless told otherwise.
+    # By default, accelerators take products of float32 in a lower precision.
     precise = jax.default_matmul_precision("highest")
     with jax.enable_x64(case.dtype == "float64"), place, precise:
         source = case.source(steps)
@@ -58,8 +63,7 @@ def run(
 def _rounded(case: Case, trajectory: Trajectory) -> Trajectory:
     if case.dtype != "bfloat16":
         return trajectory
-    # optax hands over y' - y in the parameters' dtype; where y' is small beside it, its
-    # rounding shows.
+    # optax passes y' - y in the parameters' dtype, which rounds it.
     return trajectory.with_rounding(changes_from=case.params)
 
 
@@ -81,7 +85,7 @@ def _x(state: Any, params: Any) -> Any:
     if isinstance(state, contrib.ScheduleFreeState):
         return contrib.schedule_free_eval_params(state, params)
     if any(p.dtype == jnp.bfloat16 for p in params.values()):
-        # Given params, x comes in their dtype; the state has it in full.
+        # With params, x would be rounded to their dtype. The state has it in float32.
         return sf_jax.eval_params(state)
     return sf_jax.eval_params(state, params)
 

@@ -30,12 +30,15 @@ def run(
     blocks: bool = False,
     package: str = "sf_torch",
 ) -> Trajectory:
-    """``form``: "", "Reference" or "Closure", as in the names of the classes.
+    """Runs a case.
 
-    ``blocks`` has small tensors go the way that large ones go on CPUs.
+    Args:
+      form: "", "Reference" or "Closure", as in the names of the classes.
+      blocks: cut tensors into blocks, as is done with large ones on CPUs.
+      package: "sf_torch" or "meta".
     """
     params = parameters(case, device)
-    # Meta's AdamW Reference says on stdout that it switches modes.
+    # Meta's AdamW Reference prints when it switches modes.
     out = io.StringIO() if package == "meta" else sys.stdout
     in_blocks = _small_blocks() if blocks else contextlib.nullcontext()
     with contextlib.redirect_stdout(out), _one_thread(), in_blocks:
@@ -43,8 +46,8 @@ def run(
         closure_form = form == "Closure"
         if not closure_form:
             optimizer.train()
-        # The closure form is at y only inside its closure: the y that step k leaves
-        # is seen in step k + 1, of which there is one more.
+        # The closure form is at y only inside its closure, so the y after step k is
+        # read in step k + 1, and one more step is taken.
         walk = _closure_steps if closure_form else advance
         record = list(walk(case, params, optimizer, range(steps), package))
     trajectory = Trajectory.stacked(record)
@@ -53,7 +56,7 @@ def run(
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Tensors here are far too small to be worth the waiting of threads."""
+    """Restricts PyTorch to one thread: tensors here are too small for several."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -78,7 +81,7 @@ def parameters(case: Case, device: str = "cpu") -> Params:
 
 
 def unfused(case: Case, device: str) -> str | None:
-    """Why the fused kernel can't run the case there, or None."""
+    """Why the fused kernel cannot run the case on the device, or None."""
     if not case.optimizer.fuses:
         return "moves z by another optimizer"
     if case.is_complex or case.dtype == "float64":
@@ -114,7 +117,7 @@ def build(
 def advance(
     case: Case, params: Params, optimizer: Any, ks: range, package: str
 ) -> Iterator[tuple[Leaves, Leaves | None, Leaves]]:
-    """Steps ``ks`` of a run; y, x and z after each."""
+    """Takes the steps ``ks`` of a run and yields y, x and z after each."""
     source = case.source(max(ks.stop, 1))
     for k in ks:
         _schedule(case, optimizer, k)
@@ -148,14 +151,14 @@ def _closure_steps(
 
 
 def _schedule(case: Case, optimizer: Any, k: int) -> None:
-    """Sets what changes, as a learning-rate scheduler would."""
+    """Sets the scheduled arguments of every group, as a scheduler would."""
     options = [each.at(k) for _, each in case.group_options]
-    if not case.groups:  # one, which the optimizer may have made several of
+    if not case.groups:  # The optimizer may have split the one group.
         options *= len(optimizer.param_groups)
     for group, each in zip(optimizer.param_groups, options, strict=True):
         arguments = case.optimizer.arguments(each)
         group.update((n, v) for n, v in arguments.items() if n in _SCHEDULED)
-    if hasattr(optimizer, "base"):  # a wrapper, with one β for all groups
+    if hasattr(optimizer, "base"):  # A wrapper has one β for all groups.
         optimizer.momentum = case.options.at(k).b1
 
 
@@ -178,7 +181,7 @@ def _x(case: Case, params: Params, optimizer: Any, package: str) -> Leaves | Non
         return _numpy(by_name)
     if case.options.b1 == 0:
         return None  # its eval() divides by β
-    # There and back would round y, which a training loop does once an epoch at most.
+    # eval() and train() would round y at every step. It is put back instead.
     y = {name: p.detach().clone() for name, p in params.items()}
     optimizer.eval()
     x = _numpy(params)
@@ -190,7 +193,7 @@ def _x(case: Case, params: Params, optimizer: Any, package: str) -> Leaves | Non
 
 
 def _z(params: Params, optimizer: Any, unmoved: Leaves) -> Leaves:
-    """A leaf that has had no gradient yet has no z: it is where it was."""
+    """z by leaf. A leaf that has had no gradient yet has no z: it has not moved."""
     zs = {n: optimizer.state[p].get("z") for n, p in params.items()}
     return {n: unmoved[n] if z is None else _numpy({n: z})[n] for n, z in zs.items()}
 

@@ -1,4 +1,4 @@
-"""A run that ``sf_torch.record`` wrote down, in the terms of the registry."""
+"""Reads a run that ``sf_torch.record`` wrote, as options of the registry."""
 
 import dataclasses
 import os
@@ -15,8 +15,9 @@ from parity_tests.registry import OPTIMIZERS
 from parity_tests.registry.options import Options
 from sf_torch import read_record
 
-# The optimizer of the registry by its class in PyTorch, without the form.
+# By the PyTorch class without its form, the name of the optimizer in the registry.
 _CLASSES = {row.replays: name for name, row in OPTIMIZERS.items() if row.replays}
+# Keys of a parameter group that are fields of Options.
 _SAME_NAMES = (
     "warmup_steps",
     "eps",
@@ -31,9 +32,9 @@ _SAME_NAMES = (
 
 @dataclasses.dataclass(frozen=True)
 class Changing:
-    """An option that was not the same at every recorded step."""
+    """A schedule of the recorded values of an option that changed during the run."""
 
-    first: int  # the count at the first of them
+    first: int  # the step of the first value
     values: tuple[float, ...]
 
     def __call__(self, k: Any) -> Any:
@@ -45,17 +46,17 @@ class Changing:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """A parameter group: its leaves, and what moves them."""
+    """A parameter group: its leaves, its optimizer and its options."""
 
     names: tuple[str, ...]
     optimizer: str
     options: Options
-    z_dtype: str = "float32"  # what the state is kept in
+    z_dtype: str = "float32"  # of the state
     counts_apart: bool = False  # whether bias is corrected by each leaf's own count
 
 
 class Run:
-    """A recorded run: its start, and its steps read from the file as they are needed.
+    """A recorded run: its initial state, and its steps, read from the file when needed.
 
     Raises:
       ValueError: an optimizer or options that the reference does not cover.
@@ -142,7 +143,7 @@ class Run:
         }
 
     def frames(self) -> Iterator[tuple[str, int, Leaves, Leaves, Leaves]]:
-        """(kind, step, gradients, y, x) of all that was recorded after the start."""
+        """Yields (kind, step, gradients, y, x) of every frame after the first."""
         for frame in read_record(self.path):
             if frame.kind != "start":
                 grads, y, x = (

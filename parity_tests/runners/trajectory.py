@@ -1,4 +1,4 @@
-"""What a run gives: y, x and z at every step."""
+"""A trajectory: y, x and z after every step of a run."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -13,10 +13,11 @@ SEQUENCES = ("y", "x", "z")
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """By leaf, (steps, \\*shape) in float64 or complex128.
+    """Arrays (steps, \\*shape) by leaf, in float64 or complex128.
 
-    ``x`` is None where the implementation can't give it. ``rounding`` is how far the
-    parameters may be from y for being bfloat16, like y; None where they hold it.
+    ``x`` is None where the implementation cannot give it. ``rounding`` is None where
+    the parameters hold y exactly. bfloat16 parameters hold y rounded; ``rounding`` is
+    then the largest possible difference, for every entry of y.
     """
 
     y: dict[str, np.ndarray]
@@ -28,7 +29,7 @@ class Trajectory:
     def stacked(
         cls, steps: Sequence[Sequence[Mapping[str, Any] | None]]
     ) -> "Trajectory":
-        """From (y, x, z) of every step, each leaves by name."""
+        """Makes a trajectory of (y, x, z) of every step, each arrays by leaf."""
 
         def stack(sequence: Sequence[Mapping[str, Any] | None]) -> Any:
             if any(leaves is None for leaves in sequence):
@@ -43,12 +44,14 @@ class Trajectory:
     def with_rounding(
         self, changes_from: Mapping[str, np.ndarray] | None = None
     ) -> "Trajectory":
-        """With what rounding y to bfloat16 does: half a spacing.
+        """Sets ``rounding`` to that of y to bfloat16: half the spacing at y.
 
-        ``changes_from``: the initial weights, where each step's change is rounded to
-        bfloat16 before it is added, and the sum again. The first is by 2^-8 of the
-        change at most, and the second adds to half a spacing no more than the first:
-        2^-7 of the change as it was, which is 1/127 of what came of it.
+        Args:
+          changes_from: the initial weights. Give them where the change of y is rounded
+            to bfloat16 before it is added, as optax does. That rounding is at most
+            2^-8 of the change, and it may move the rounding of the sum by as much
+            again. Together that is 2^-7 of the exact change, or 1/127 of the change
+            that is seen.
         """
         rounding = {}
         for name, y in self.y.items():

@@ -15,11 +15,11 @@ class Voice:
     """One way of running one package."""
 
     package: str  # "reference", "sf_jax", "sf_torch", "meta" or "optax"
-    framework: str  # "numpy", "jax" or "torch": which device it wants
+    framework: str  # "numpy", "jax" or "torch"
     run: Callable[..., Trajectory]
     options: dict[str, Any]
     most_steps: int = STEPS
-    costly: bool = False  # run for the cases that are marked as thorough
+    costly: bool = False  # run only for cases that are ``thorough``
 
 
 def _jax(mode: str, store_x: bool = False, most_steps: int = STEPS) -> Voice:
@@ -33,14 +33,14 @@ def _torch(form: str = "", most_steps: int = STEPS, **ways: bool) -> Voice:
     return Voice("sf_torch", "torch", in_torch.run, options, most_steps)
 
 
-# What shares its arithmetic with another voice is run for fewer steps.
+# Voices that share their arithmetic with another voice take fewer steps.
 VOICES: dict[str, Voice] = {
     "reference": Voice("reference", "numpy", in_numpy.run_reference, {}),
     "jax scan": _jax("scan"),
     "jax scan, x stored": _jax("scan", True),
     "jax jit": _jax("jit", most_steps=100),
     "jax jit, x stored": _jax("jit", True, most_steps=100),
-    # Without jit an operation costs as much as a whole step with it.
+    # An operation without jit takes as long as a whole step with it.
     "jax eager": _jax("eager", most_steps=8),
     "jax eager, x stored": _jax("eager", True, most_steps=8),
     "torch": _torch(),
@@ -77,9 +77,10 @@ def _cached(case: Case, voice: str, steps: int, device: str) -> Trajectory:
 def run(
     case: Case, voice: str, steps: int | None = None, device: str = "cpu"
 ) -> Trajectory:
-    """The trajectory of a case in a voice; fewer steps where the voice is slow.
+    """The trajectory of a case in a voice.
 
-    PyTorch's voices have more kernels of their own on a GPU: there they run all steps.
+    It has ``steps`` steps, or all of the case's, but no more than the voice's
+    ``most_steps``. On CUDA PyTorch's voices differ in their kernels and take all steps.
     """
     most = case.steps
     if not (device == "cuda" and VOICES[voice].framework == "torch"):
