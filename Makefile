@@ -10,7 +10,7 @@ GPU_STAMP := $(GPU_VENV)/.installed
 PYTEST  = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 WORKERS ?= 2
 
-.PHONY: demo test test-slow tpu gpu gpu-slow lint format parity bench clean help
+.PHONY: demo test test-slow tpu gpu gpu-slow gpu-day lint format parity bench clean help
 .DEFAULT_GOAL := help
 
 $(STAMP): pyproject.toml constraints.txt
@@ -59,6 +59,10 @@ parity: $(STAMP)  ## the parity matrix, with its report in out/parity/
 bench: $(STAMP)  ## step time against the floor and peers, 5 minutes on two cores
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks
+
+# Of the machine's own Python: the installed PyTorch and JAX know its GPU, .venv's do not.
+gpu-day:  ## all that a GPU is needed for, on a machine that has one
+	$(PYTHON) -m benchmarks gpu-day $(GPU_DAY)
 
 clean:  ## remove .venv, out/ and caches
 	rm -rf $(VENV) $(GPU_VENV) out build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

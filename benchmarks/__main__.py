@@ -3,13 +3,14 @@
     python -m benchmarks                      # CPU, some minutes
     python -m benchmarks --device cuda        # also gpu, the same; or tpu
     python -m benchmarks --only steps         # without the growth curves
+    python -m benchmarks gpu-day              # all that a GPU is needed for
 
 Prints tables, and writes results.json, results.md and pictures to
 benchmarks/results/DEVICE/. docs/benchmarks.md says how to read them.
 """
 
 import argparse
-import importlib.util
+import dataclasses
 import os
 import shlex
 import sys
@@ -17,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from benchmarks import facts
 from benchmarks.trees import Tree, gpt2, many, one
 
 RESULTS = Path(__file__).parent / "results"
@@ -30,13 +32,18 @@ GROWING = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if list(arguments[:1]) == ["gpu-day"]:
+        from benchmarks.gpu_day.__main__ import main as gpu_day
+
+        return gpu_day(arguments[1:])
     options = _parser().parse_args(arguments)
     device = "gpu" if options.device == "cuda" else options.device
     # Before JAX starts: the CPU alone, or a GPU whose memory PyTorch needs too.
     if device == "cpu":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    devices = _devices(device)
+    devices = facts.devices_for(device)
     if not devices:
         print(f"Skipped: neither PyTorch nor JAX finds a {device} here.")
         return 0
@@ -49,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = Settings(devices, options.seconds, compile_limit=limit)
     if options.smoke:
         settings.seconds, settings.rounds, settings.compile_limit = 0.0, 2, 10.0
-    command = shlex.join(["python", "-m", "benchmarks", *(arguments or sys.argv[1:])])
-    about = report.facts(devices, command)
+    command = shlex.join(["python", "-m", "benchmarks", *arguments])
+    about = facts.facts(devices, command)
     out = options.out or RESULTS / device
     rows: list[Row] = []
     start = time.perf_counter()
@@ -77,35 +84,15 @@ def _plan(device: str, smoke: bool) -> Iterator[tuple[str, Tree]]:
         yield report.LEAVES, many(2, 1024)
         return
     width = 192 if on_cpu else 768
-    yield report.STEPS, one(2**24 if on_cpu else 2**27)
-    yield report.STEPS, gpt2(width)
-    yield report.STEPS, gpt2(width, "bfloat16")
-    yield report.STEPS, many(2000, 2**13)
+    trees = (one(2**24 if on_cpu else 2**27), gpt2(width), many(2000, 2**13))
+    for tree in trees:
+        yield report.STEPS, tree
+        if not on_cpu or tree.name:
+            yield report.STEPS, dataclasses.replace(tree, dtype="bfloat16")
     for count in (10, 100, 1000, 10_000):
         yield report.LEAVES, many(count, 2**10)
     for power in range(5, 8 if on_cpu else 10):
         yield report.PARAMETERS, one(10**power)
-
-
-def _devices(device: str) -> dict[str, str]:
-    """framework -> its name for the device, for those that have it."""
-    found = {}
-    if importlib.util.find_spec("torch") is not None and device != "tpu":
-        import torch
-
-        if device == "cpu":
-            found["torch"] = "cpu"
-        elif torch.cuda.is_available():
-            found["torch"] = "cuda"
-    if importlib.util.find_spec("jax") is not None:
-        import jax
-
-        try:
-            jax.devices(device)
-            found["jax"] = device
-        except RuntimeError:  # no such platform
-            pass
-    return found
 
 
 def _parser() -> argparse.ArgumentParser:

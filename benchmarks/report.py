@@ -2,11 +2,7 @@
 
 import dataclasses
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +12,6 @@ from rich.table import Table
 from benchmarks.candidates import CANDIDATES
 from benchmarks.measure import Row
 
-PACKAGES = (
-    "jax",
-    "jaxlib",
-    "optax",
-    "torch",
-    "triton",
-    "schedulefree",
-    "heavyball",
-    "pytorch_optimizer",
-)
 STEPS, LEAVES, PARAMETERS = "steps", "leaves", "parameters"
 OURS = {candidate.name for candidate in CANDIDATES if candidate.ours}
 
@@ -39,18 +25,6 @@ COLUMNS = (
     "start s",
     "finding x, ms",
 )
-
-
-def facts(devices: dict[str, str], command: str) -> dict[str, Any]:
-    """What the numbers belong to."""
-    return {
-        "machine": _machine(devices),
-        "devices": devices,
-        "command": command,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
-    }
 
 
 def show(rows: Sequence[Row], machine: str, console: Console | None = None) -> None:
@@ -214,38 +188,3 @@ def _growth(of: str, label: str) -> Any:
         plt.close(figure)
 
     return draw
-
-
-def _machine(devices: dict[str, str]) -> str:
-    if devices.get("torch") == "cuda":
-        import torch
-
-        return torch.cuda.get_device_name()
-    if "cpu" in devices.values():
-        return f"{len(os.sched_getaffinity(0))}-core {platform.machine()} CPU"
-    import jax
-
-    return jax.devices(devices["jax"])[0].device_kind
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str:
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ("git", "-C", str(Path(__file__).parent), *arguments),
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short", "HEAD") + (", changed" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "an unknown commit"

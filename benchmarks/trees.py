@@ -27,8 +27,8 @@ class Tree:
         return f"{name}{tensors}{self.each}, {_short(self.size)} parameters{kind}"
 
 
-def one(size: int) -> Tree:
-    return Tree(((size,),))
+def one(size: int, dtype: str = "float32") -> Tree:
+    return Tree(((size,),), dtype)
 
 
 def many(count: int, size: int) -> Tree:
