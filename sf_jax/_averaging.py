@@ -47,7 +47,7 @@ class Weights(NamedTuple):
     lr_max: jax.Array  # () scalar_dtype(): the largest step size so far
 
 
-# R at most. c_k is 0 to all digits then.
+# The largest R that is kept; c_k = 1 / R no longer moves x then.
 _NEVER_LEFT = 1e30
 
 Mean = Callable[[jax.Array, Double, Weights], tuple[jax.Array, Weights]]
@@ -97,7 +97,7 @@ def polynomial_mean(
 
 
 def mean_after(c_warmup: jax.typing.ArrayLike, mean: Mean) -> Mean:
-    """x is z for the first ``c_warmup`` steps, which add no weight to the mean."""
+    """A mean that begins after ``c_warmup`` steps; until then x equals z."""
 
     def delayed(
         count: jax.Array, lr: Double, weights: Weights
@@ -248,14 +248,14 @@ def steps_taken(count: jax.typing.ArrayLike) -> jax.Array:
 
 
 def log(b: jax.typing.ArrayLike) -> jax.Array:
-    """``log b``, in double precision where b is a Python number."""
+    """``log b``, computed in double precision where b is a Python number."""
     if isinstance(b, (int, float)):
         return jnp.asarray(math.log(b) if b > 0 else -math.inf, scalar_dtype())
     return jnp.log1p(jnp.asarray(b, scalar_dtype()) - 1)
 
 
 def complement(b: jax.typing.ArrayLike) -> jax.Array:
-    """``1 - b``, in double precision where b is a Python number."""
+    """``1 - b``, computed in double precision where b is a Python number."""
     return jnp.asarray(1 - b, scalar_dtype())
 
 

@@ -20,10 +20,10 @@ def is_number(value: Any) -> bool:
 
 
 def is_off(value: Any) -> bool:
-    """Whether value is None or the number 0, for good.
+    """Whether value is None or the number 0, and so can never become anything else.
 
-    An array of 0 is not: what a state holds must not depend on values, which are not
-    known under ``jit``.
+    An array that holds 0 does not count: what a state holds must not depend on values
+    that are unknown under ``jit``.
     """
     return value is None or (is_number(value) and value == 0)
 

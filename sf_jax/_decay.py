@@ -14,9 +14,10 @@ Mask = Any | Callable[[optax.Params], Any]
 
 
 def is_function(tree_or_function: Any) -> bool:
-    """Whether this is to be called for a tree, and is not itself one.
+    """Whether the argument is a function that returns a tree, and not itself a tree.
 
-    A tree may be callable as a whole, as Equinox modules are; what it holds is not.
+    An Equinox module is a tree that is callable as a whole. Its leaves are arrays or
+    bools, which are not callable, while a function is its own only leaf.
     """
     return callable(tree_or_function) and all(
         map(callable, jax.tree.leaves(tree_or_function))

@@ -31,7 +31,7 @@ from sf_jax._schedule_free import (
 )
 
 _SCALARS = ("count", "b1", "weight_ratio", "weight_ratio_lo", "lr_max")
-# How many roundings y may be away from where x and z put it.
+# How far y may be from (1 - β) z + β x, in units of rounding.
 _ROUNDINGS = 4
 
 
@@ -237,7 +237,7 @@ def _bits(dtype: jax.typing.DTypeLike) -> int:
 
 
 def own(leaf: Any) -> Any:
-    """The leaf in memory of its own."""
+    """A copy of an array leaf, which shares no memory with it; others unchanged."""
     if isinstance(leaf, (jax.Array, np.ndarray)):
         return leaf.copy()
     return leaf
@@ -262,9 +262,9 @@ def _walk(node: Any) -> Iterator[_Found]:
 
 
 def _was_a_state(node: Mapping[Any, Any]) -> bool:
-    """Also one that has lost parts, so that they can be missed."""
+    """Whether a mapping was a Schedule-Free state, even if it lacks some fields."""
     known = node.keys() & {*_SCALARS, "z", "x"}
-    # Names that nothing else has, and not they alone.
+    # "count", "b1", "z" and "x" occur in other states too; the other names do not.
     return len(known) > 2 and not known.isdisjoint(_SCALARS[2:])
 
 
@@ -301,7 +301,7 @@ def _found_in(opt_state: Any) -> list[_Found]:
 
 
 def _check_whole(state: ScheduleFreeState) -> None:
-    """Of a state that came back as a dict: nothing of it is lost or out of range."""
+    """Raises if a state restored as a dict lacks a part or has one out of range."""
     lost = [name for name in (*_SCALARS, "z") if getattr(state, name) is None]
     if lost:
         raise _damaged(f"lacks {', '.join(lost)}")
@@ -342,7 +342,7 @@ def _damaged(how: str) -> ValueError:
 
 
 def _nodes(tree: Any) -> set[Path]:
-    """Paths of all leaves, and of what a checkpoint leaves of an empty node."""
+    """Paths of all leaves and of all empty nodes, as a checkpoint restores them."""
     return set(_paths.paths(tree, is_leaf=_is_empty))
 
 
@@ -352,7 +352,7 @@ def _is_within(path: Path, nodes: set[Path]) -> bool:
 
 
 def _is_empty(node: Any) -> bool:
-    """Nothing, also as a checkpoint library writes ``optax.MaskedNode()``."""
+    """Whether a node is empty: checkpoints restore a MaskedNode as {}, [] or None."""
     return node is None or (isinstance(node, (Mapping, list, tuple)) and not node)
 
 

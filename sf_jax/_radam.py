@@ -73,8 +73,8 @@ def rectification(b2: jax.typing.ArrayLike, count: jax.Array) -> jax.Array:
     now = rho(b2, count)
     rho_inf = 2 / complement(b2) - 1
     rectified = now > 4
-    # Anything above 4 where it is not taken: roots and quotients of what is below have
-    # no slope, or none that is finite. ρ∞ > 4 wherever ρ is.
+    # Where the factor is not used, ρ and ρ∞ are replaced by 5, because the root below
+    # has no finite derivative for ρ <= 4. Where it is used, ρ∞ > ρ > 4.
     now = jnp.where(rectified, now, 5)
     rho_inf = jnp.where(rectified, rho_inf, 5)
     factor = (now - 4) / (rho_inf - 4) * ((now - 2) / (rho_inf - 2)) * (rho_inf / now)

@@ -26,7 +26,8 @@ which is 0 while β is constant:
 An optimizer is a choice for four seams: the base step (:class:`Base`), the step
 size (:class:`StepSize`), the averaging weight (:data:`~sf_jax._averaging.Mean`, and
 :data:`~sf_jax._averaging.Average` where it is not that of a weighted mean)
-and the interpolation (a function of the count). The rule knows none of them by name.
+and the interpolation (a function of the count). The rule does not know which
+optimizer it serves.
 
 References:
   Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
@@ -69,7 +70,7 @@ class ScheduleFreeState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Iterates:
-    """The three sequences before a step, for base steps and step sizes to look at."""
+    """y, z and x before a step, which base steps and step sizes may read."""
 
     y: optax.Params  # like z
     z: optax.Params
@@ -87,7 +88,7 @@ class Iterates:
         )
 
     def at(self, name: str) -> optax.Params:
-        """The sequence of this name: "x", "y" or "z"."""
+        """The sequence that ``name`` says: "x", "y" or "z"."""
         return getattr(self, name)
 
 
@@ -135,7 +136,7 @@ def rule(
     state_dtype: jax.typing.DTypeLike | None = None,
     store_x: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Schedule-Free over four seams. Every public optimizer is a call of this."""
+    """Builds an optimizer from the four seams; every public optimizer calls this."""
     _checks.interpolation("b1", b1)
     _checks.floating_dtype("state_dtype", state_dtype)
     needs_x = not callable(b1) and may_be_zero(b1)
@@ -157,13 +158,15 @@ def rule(
             params,
         )
         if not keeps_x and not jax.tree.leaves(x):
-            # One node for all: a tree of specs has nothing that would fit the others.
+            # One node instead of one for each leaf: optax.tree_map_params maps specs
+            # over params, and a spec has no counterpart to an empty node.
             x = optax.MaskedNode()
         zero = jnp.zeros((), scalar_dtype())
         count = jnp.zeros((), jnp.int32)
         return ScheduleFreeState(
             count=count,
-            # A copy: an injected β lies in the state a second time.
+            # Copied, because inject_hyperparams holds the same buffer in its own
+            # state, and one buffer cannot be donated twice.
             b1=_copy(next_b1(count), scalar_dtype()),
             weight_ratio=zero,
             weight_ratio_lo=zero.copy(),
@@ -218,7 +221,8 @@ def rule(
             share = average(state.count, lr.hi, b1_of_y, ckp1)
             ckp1 = jnp.asarray(share, scalar_dtype())
         if any(jax.tree.leaves(_lean_leaves(state))):
-            # Only there: where x is stored, β may be 0.
+            # Computed only where needed: they divide by β, which may be 0 where x is
+            # stored.
             lean_coefficients = _lean_coefficients(ckp1, b1_of_y, state.b1)
 
         def move_z(z: jax.Array, u: jax.Array) -> jax.Array:
@@ -244,7 +248,8 @@ def rule(
                     + like(step_coefficient, y) * (next_z - z)
                 ).astype(dtype)
             next_y = recover_y(next_x, next_z, jnp.asarray(b1_of_y, scalar_dtype()))
-            # Towards round(y'): the rounding of past steps must not add up in p.
+            # The update leads from p to y' as rounded to p's dtype, so that rounding
+            # errors of p do not accumulate over steps.
             return (widen(next_y.astype(dtype)) - widen(p)).astype(dtype)
 
         z = jax.tree.map(move_z, state.z, displacement)
@@ -263,7 +268,7 @@ def rule(
         )
 
     def check(state: ScheduleFreeState, params: optax.Params) -> None:
-        """Whether this optimizer can go on from the state of another one."""
+        """Raises if this optimizer cannot continue from a state that another made."""
         _checks.kind_of_state(state, ScheduleFreeState)
         _checks.same_leaves("z", state.z, params)
         z = jax.tree.map(
@@ -384,8 +389,8 @@ def schedule_free(
     transformation = optax.with_extra_args_support(base_optimizer)
 
     def init(z: optax.Params) -> optax.OptState:
-        # A copy, since some keep their first params or an injected number: one buffer
-        # in two places of the state cannot be donated.
+        # Copied, because some optimizers keep their initial params or an injected
+        # number in their state, and one buffer cannot be donated twice.
         return jax.tree.map(jnp.copy, transformation.init(z))
 
     def update(
@@ -428,17 +433,17 @@ def widen(leaf: jax.Array) -> jax.Array:
 
 
 def may_be_zero(b1: jax.typing.ArrayLike) -> bool:
-    """Whether b1 is 0, or an array: its value must not decide what a state holds."""
+    """Whether b1 is 0, or an array, which may hold 0 and cannot be read under jit."""
     return not _checks.is_number(b1) or bool(b1 == 0)
 
 
 def is_lean(x: Any) -> bool:
-    """Whether this, a leaf of x or all of it, is not stored."""
+    """Whether a leaf of the state's x, or the whole tree x, is not stored."""
     return isinstance(x, optax.MaskedNode)
 
 
 def per_leaf(x: optax.Params, z: optax.Params) -> optax.Params:
-    """x, or a MaskedNode, for each leaf of z."""
+    """For each leaf of z the stored x, or a MaskedNode where x is not stored."""
     return jax.tree.broadcast(x, z, is_leaf=is_lean)
 
 
@@ -468,9 +473,9 @@ def _lean_coefficients(
     b1: jax.typing.ArrayLike,
     b1_before: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Of (z - y) and of (z' - z)."""
-    # Exactly 0 while β is constant. The β of the state counts, not that of this
-    # optimizer before: another one may have made the state.
+    """The coefficients of (z - y) and of (z' - z) in the lean update."""
+    # e is exactly 0 while β is constant. The β that formed y is read from the state,
+    # since an optimizer with another β may have made the state.
     e = (b1_before - b1) / b1_before
     step_coefficient = _averaging.complement(b1) + b1 * ckp1
     return ckp1 + e * (1 - ckp1), step_coefficient
@@ -511,10 +516,10 @@ def _placed_like(z: optax.Params, state: optax.OptState) -> optax.OptState:
 
 
 def _is_master(z: jax.Array, param: jax.Array) -> bool:
-    """Whether the parameter is a rounded copy of what the state holds."""
+    """Whether z is wider than the parameter, which is then a rounded copy of y."""
     return jnp.finfo(jnp.result_type(param)).bits < jnp.finfo(z.dtype).bits
 
 
 def _copy(leaf: jax.typing.ArrayLike, dtype: jax.typing.DTypeLike) -> jax.Array:
-    # A copy, or donating the params would take the state's buffer along.
+    # Copied, because donating the params would otherwise free the state's buffer.
     return jnp.array(leaf, dtype, copy=True)

@@ -33,7 +33,7 @@ from sf_jax.torch_checkpoint.state import (
     to_numpy,
     to_tensor,
     what_it_holds,
-    wide,
+    widen,
 )
 
 BUILD_ALIKE = "Build both optimizers with the same options, over the same parameters."
@@ -411,7 +411,7 @@ def _b1(state: ScheduleFreeState, scalars: Scalars, problems: list[str]) -> floa
 def _x(y: Any, arrays: Mapping[str, Any], b1: float) -> np.ndarray:
     if "x" in arrays:
         return np.asarray(arrays["x"])
-    y, z = wide(np.asarray(y)), wide(np.asarray(arrays["z"]))
+    y, z = widen(np.asarray(y)), widen(np.asarray(arrays["z"]))
     return y + (1 - b1) / b1 * (y - z)
 
 

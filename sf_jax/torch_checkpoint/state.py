@@ -115,20 +115,20 @@ class Parameter:
         if "z" not in self.state:  # no gradient so far: x, y and z are one
             return self.param if key in IMPLIED else np.zeros_like(self.param)
         if key == "x" and (self.at_x or b1 > 0):
-            y, z = wide(self.param), wide(self.state["z"])
+            y, z = widen(self.param), widen(self.state["z"])
             return self.param if self.at_x else y + (1 - b1) / b1 * (y - z)
         return None
 
 
 def form_y(x: Any, z: Any, b1: float) -> np.ndarray:
     """``y = x + (1 - β) (z - x)``, in double precision."""
-    x, z = wide(np.asarray(x)), wide(np.asarray(z))
+    x, z = widen(np.asarray(x)), widen(np.asarray(z))
     return x + (1 - b1) * (z - x)
 
 
 def near(a: Any, b: Any, param: Any) -> bool:
     """Whether two arrays are one but for rounding to the dtype of param."""
-    a, b = wide(np.asarray(a)), wide(np.asarray(b))
+    a, b = widen(np.asarray(a)), widen(np.asarray(b))
     if a.shape != b.shape:
         return False
     size = max(np.abs(array).max(initial=0) for array in (a, b))
@@ -301,6 +301,6 @@ def to_tensor(array: Any, like: Any, dtype: Any = None) -> Any:
     return like.new_tensor(array)
 
 
-def wide(array: np.ndarray) -> np.ndarray:
+def widen(array: np.ndarray) -> np.ndarray:
     """In double precision, real or complex."""
     return array.astype(np.result_type(array.dtype, np.float64))
