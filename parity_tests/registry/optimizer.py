@@ -27,7 +27,7 @@ class Optimizer:
     torch: Callable[..., Any] | None = None
     meta: Callable[..., Any] | None = None
     optax: Callable[[Any], GradientTransformation] | None = None
-    options: type[Options] = Options
+    options: Callable[..., Any] = Options  # the class of its options
     torch_forms: tuple[str, ...] = ("", "Reference", "Closure")
     fuses: bool = True  # whether sf_torch has a fused kernel for it
     # package -> feature of a case -> why this optimizer can't run it there

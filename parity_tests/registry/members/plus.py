@@ -13,8 +13,9 @@ from parity_tests.registry.rows import BFLOAT16, DECAY, FLOAT64, Row, cases
 
 @dataclasses.dataclass(frozen=True)
 class PlusOptions(Options):
-    """Adds what ScheduleFree+ has beside the rest."""
+    """Adds the options of ScheduleFree+, which anneals β by itself: b1 is a number."""
 
+    b1: float = 0.9
     polyak_beta: float = 0.0
     c_warmup: int = 0
     b1_anneal_steps: int = 0
@@ -23,7 +24,6 @@ class PlusOptions(Options):
 
 
 def _reference(o: PlusOptions) -> reference.Seams:
-    assert not callable(o.b1)
     b1 = reference.annealed(o.b1, o.b1_max, o.b1_anneal_steps)
     return reference.Seams(
         b1,
