@@ -13,7 +13,9 @@ from sf_torch._optimizers.adamw import (
     AdamWScheduleFreeReference,
 )
 from sf_torch._optimizers.gpa import GPAAdamW
+from sf_torch._optimizers.muon import MuonScheduleFree
 from sf_torch._optimizers.plus import AdamCScheduleFreePlus, AdamCScheduleFreePlusPaper
+from sf_torch._optimizers.prodigy import ProdigyScheduleFree
 from sf_torch._optimizers.radam import (
     RAdamScheduleFree,
     RAdamScheduleFreeClosure,
@@ -54,6 +56,8 @@ __all__ = [
     "AdamWScheduleFreeRefined",
     "CombinedOptimizer",
     "GPAAdamW",
+    "MuonScheduleFree",
+    "ProdigyScheduleFree",
     "RAdamScheduleFree",
     "RAdamScheduleFreeClosure",
     "RAdamScheduleFreeReference",

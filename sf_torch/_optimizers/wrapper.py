@@ -1,6 +1,6 @@
 """Schedule-Free over any torch optimizer: the base moves z with the gradients at y.
 
-    z' = B(z - lr λ y)             B: whatever the base optimizer does to z
+    z' = B(z - lr_k λ y)           B: whatever the base optimizer does to z
     x' = (1 - c_k) x + c_k z'
     y' = (1 - β) z' + β x'
 
@@ -24,10 +24,10 @@ from sf_torch._optimizer import (
 )
 from sf_torch._optimizers.forms import Reference
 from sf_torch._step import formula
-from sf_torch._step.batches import Leaf, is_master, local
+from sf_torch._step.batches import Leaf, is_master, local, wide_dtype
 from sf_torch._step.dispatch import Way
 from sf_torch._step.numbers import Numbers
-from sf_torch._step.schedule import Group, polynomial_weight
+from sf_torch._step.schedule import Group, warmed_up
 
 
 class ScheduleFreeWrapper(ScheduleFree):
@@ -46,17 +46,24 @@ class ScheduleFreeWrapper(ScheduleFree):
       weight_lr_power: steps are weighed by the largest learning rate so far to this
         power.
       r: and by ``(k + 1) ** r``.
+      warmup_steps: steps of linear warmup. The base and the averaging weight see the
+        same warmed learning rate; the group's ``lr`` is its own again after the step.
+        0 for a base, or a scheduler, that warms up by itself.
       store_x: keep x in the state.
-      state_dtype: dtype of z and of the base's state. By default that of each
-        parameter, float32 for those narrower than it.
+      state_dtype: dtype of z and x. By default that of each parameter, float32 for
+        those narrower than it. The base steps, and keeps its state, at least in
+        float32 whatever this says: a bfloat16 second moment stalls.
 
     Groups and state are the base's own: a learning rate set in one is set in both, and
     ``state[p]`` holds z beside what the base keeps for p. While the base takes its
-    step, it finds there only what is its own.
+    step, it finds there only what is its own. ``weight_decay_at_y``, ``r`` and
+    ``weight_lr_power`` are entries of each group, and may be set there.
 
     Raises:
-      TypeError: a base that is not a torch optimizer.
-      ValueError: momentum outside [0, 1] or a negative decay.
+      TypeError: a base that is not a torch optimizer, or ``warmup_steps`` that is not
+        a whole number.
+      ValueError: an argument out of its range, or a base that has an option of the
+        same name as one that is kept in the groups.
 
     Examples:
       >>> import torch, sf_torch
@@ -83,6 +90,7 @@ class ScheduleFreeWrapper(ScheduleFree):
         weight_lr_power: float = 2.0,
         r: float = 0.0,
         *,
+        warmup_steps: int = 0,
         store_x: bool = False,
         state_dtype: torch.dtype | None = None,
     ) -> None:
@@ -92,12 +100,22 @@ class ScheduleFreeWrapper(ScheduleFree):
                 "first: ScheduleFreeWrapper(torch.optim.SGD(params, lr=0.1))."
             )
         _checks.interpolation("momentum", momentum)
+        _checks.warmup_steps("warmup_steps", warmup_steps)
         _checks.state_dtype("state_dtype", state_dtype)
+        options = {
+            "weight_decay_at_y": weight_decay_at_y,
+            "weight_lr_power": weight_lr_power,
+            "r": r,
+        }
+        if taken := sorted(options.keys() & base.defaults.keys()):
+            raise ValueError(
+                f"{type(base).__name__} has options called {', '.join(taken)}, which "
+                "Schedule-Free keeps in the same groups. Give them other names in the "
+                "base."
+            )
         self.momentum = momentum
-        self.weight_lr_power = weight_lr_power
-        self.r = r
+        self.warmup_steps = warmup_steps
         self.base = base
-        options = {"weight_decay_at_y": weight_decay_at_y}
         super().__init__(base.param_groups, options | bookkeeping(store_x, state_dtype))
         self.param_groups, self.state = base.param_groups, base.state
 
@@ -112,9 +130,6 @@ class ScheduleFreeWrapper(ScheduleFree):
     def _step_size(self, group: Group) -> float:
         return group["scheduled_lr"]
 
-    def _weight(self, group: Group, lr: float) -> float:
-        return polynomial_weight(group, lr, self.r, self.weight_lr_power)
-
     def _way(self, group: Group) -> Way:
         # The options of these names, where a group has them, are the base's.
         return Way(fuses=False, captures=False, together=True)
@@ -127,9 +142,10 @@ class ScheduleFreeWrapper(ScheduleFree):
 
     @torch.compiler.disable  # the base's to compile, and each has ways of its own
     def _advance(self, loss: Any, closure: Callable[[], Any] | None) -> None:
-        # Before the base changes them: its step is taken with these.
-        before = [(float(group["lr"]), group["k"]) for group in self.param_groups]
-        self._next_zs = self._moved_by_base(loss, closure)
+        with self._warmed_up():
+            # Before the base changes them: its step is taken with these.
+            before = [(float(group["lr"]), group["k"]) for group in self.param_groups]
+            self._next_zs = self._moved_by_base(loss, closure)
         try:
             for group, (lr, k) in zip(self.param_groups, before, strict=True):
                 group["k"] = k
@@ -138,6 +154,20 @@ class ScheduleFreeWrapper(ScheduleFree):
             super()._advance(loss, closure)
         finally:
             self._next_zs = {}
+
+    @contextmanager
+    def _warmed_up(self) -> Iterator[None]:
+        """Lets each group's lr be lr_k; its own comes back, come what may."""
+        own = [group["lr"] for group in self.param_groups]
+        for group in self.param_groups:
+            if group["k"] + 1 < self.warmup_steps:
+                lr = float(group["lr"])
+                group["lr"] = warmed_up(lr, group["k"], self.warmup_steps)
+        try:
+            yield
+        finally:
+            for group, lr in zip(self.param_groups, own, strict=True):
+                group["lr"] = lr
 
     def _moved_by_base(
         self, loss: Any, closure: Callable[[], Any] | None
@@ -151,8 +181,7 @@ class ScheduleFreeWrapper(ScheduleFree):
         ]
         live = {p: _held(p) for p, _, _ in moving}
         for p, _, state in moving:
-            if is_master(state["z"], p):
-                _widen_state(state, state["z"])
+            _widen_state(state, p)
         calls = 0
 
         def closure_at_y() -> Any:
@@ -188,18 +217,20 @@ class ScheduleFreeWrapper(ScheduleFree):
 
     def _bring(self, p: Tensor, keys: tuple[str, ...]) -> dict[str, Any]:
         state = super()._bring(p, keys)
-        for key, value in _arrays_like(p, state):
-            state[key] = value.to(p.device)
+        for key, value in state.items():
+            # Numbers such as torch's count of steps stay where the base has them.
+            if isinstance(value, Tensor) and value.dim():
+                state[key] = value.to(p.device)
         return state
 
     def _decayed_z(self, p: Tensor, group: Group) -> Tensor:
         """What the base's step begins with, as a new tensor."""
         state = self.state[p]
-        z = state["z"].clone()
+        z = state["z"].to(_dtype_for_base(p, state["z"]), copy=True)
         if not group["weight_decay_at_y"]:
             return z
         y = p.detach()
-        if is_master(z, p):  # p is a rounding of y
+        if is_master(state["z"], p):  # p is a rounding of y
             y = formula.recover_y(state["x"], z, group["b1"])
         # Without the d of a group, as Meta's has it.
         return z.sub_(y, alpha=float(group["lr"]) * group["weight_decay_at_y"])
@@ -268,7 +299,7 @@ class ScheduleFreeWrapper(ScheduleFree):
         self.param_groups, self.state = self.base.param_groups, self.base.state
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("base", "momentum", "weight_lr_power", "r")
+        names = ("base", "momentum", "warmup_steps")
         return super().__getstate__() | {name: getattr(self, name) for name in names}
 
 
@@ -303,7 +334,7 @@ def _hold(p: Tensor, value: Tensor) -> None:
             raise RuntimeError(
                 f"a sharded parameter of {p.dtype} cannot stand for z in {value.dtype} "
                 "while the base steps. Shard float32 parameters with a "
-                "MixedPrecisionPolicy, or give state_dtype."
+                "MixedPrecisionPolicy."
             )
         p.detach().copy_(value)
         return
@@ -315,16 +346,24 @@ def _hold(p: Tensor, value: Tensor) -> None:
     p.grad = None if grad is None else grad.to(value.dtype)
 
 
-def _widen_state(state: dict[str, Any], z: Tensor) -> None:
-    """What the base made when it was built has the parameter's dtype, not z's."""
-    for key, value in _arrays_like(z, state):
-        state[key] = value.to(z.dtype)
+def _dtype_for_base(p: Tensor, z: Tensor) -> torch.dtype:
+    """The dtype of z while the base steps, and so of the state that the base makes."""
+    return wide_dtype(p.dtype, z.dtype)
 
 
-def _arrays_like(p: Tensor, state: dict[str, Any]) -> list[tuple[str, Tensor]]:
-    """The tensors of a state that have a number for each of the parameter's."""
-    return [
-        (key, value)
-        for key, value in state.items()
-        if isinstance(value, Tensor) and value.shape == p.shape and value.dim()
-    ]
+def _widen_state(state: dict[str, Any], p: Tensor) -> None:
+    """Gives the base's state the dtype in which the base steps.
+
+    What a base makes when it is built has the parameter's dtype, and what comes from an
+    older checkpoint may have z's.
+    """
+    dtype = _dtype_for_base(p, state["z"])
+    for key, value in state.items():
+        if (
+            key not in ITERATES
+            and isinstance(value, Tensor)
+            and value.shape == p.shape
+            and value.dim()
+            and value.dtype in (p.dtype, state["z"].dtype)
+        ):
+            state[key] = value.to(dtype)

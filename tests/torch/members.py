@@ -60,10 +60,19 @@ MEMBERS = {
             "upstream_compatible": True,
             "store_x": True,
         },
-        "ScheduleFreeWrapper": RMSPROP,
+        "MuonScheduleFree": ADAMW,
+        "MuonScheduleFree/rows": {**ADAMW, "row_b2": 0.9},
+        "ProdigyScheduleFree": {**ADAMW, "estim_lr0": 0.01},
+        "ScheduleFreeWrapper": {**RMSPROP, "warmup_steps": 3},
         "ScheduleFreeWrapperReference": RMSPROP,
         "ScheduleFreeWrapperRefined": {**RMSPROP, "refined_c": 20.0},
     }.items()
+}
+# Their step is that of their base, and no kernel's.
+OVER_A_BASE = {
+    name
+    for name, (make, _) in MEMBERS.items()
+    if issubclass(make, sf_torch.ScheduleFreeWrapper)
 }
 
 

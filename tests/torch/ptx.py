@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 import triton
-from members import MEMBERS, build
+from members import MEMBERS, OVER_A_BASE, build
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -159,7 +159,7 @@ def usage(cubin):
 
 def main(words):
     dtypes = [word for word in words if word in DTYPES]
-    fused = [name for name in MEMBERS if "Wrapper" not in name]
+    fused = [name for name in MEMBERS if name not in OVER_A_BASE]
     launched = launched_by(fused, dtypes)
     launched += launched_by(["AdamWScheduleFree"], dtypes, aligned=False)
     for architecture in (word for word in words if word not in DTYPES):

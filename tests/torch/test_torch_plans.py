@@ -9,6 +9,7 @@ import pytest
 import torch
 from members import (
     MEMBERS,
+    OVER_A_BASE,
     assert_same_iterates,
     build,
     iterates,
@@ -26,7 +27,7 @@ if not fused.works_on(torch.device(DEVICE)):
 
 # Contiguous, aligned, and nothing that the kernel leaves to the plain step.
 SHAPES = [(9, 4), (8,), (32, 40)]
-FUSED = [name for name in MEMBERS if "Wrapper" not in name]  # whose step is the base's
+FUSED = [name for name in MEMBERS if name not in OVER_A_BASE]
 
 
 @pytest.mark.parametrize("name", FUSED)

@@ -4,13 +4,12 @@ import dataclasses
 from typing import Any
 
 import jax
-import torch
 from optax.contrib import MuonDimensionNumbers
 
 import sf_jax
 import sf_torch
 from parity_tests import reference
-from parity_tests.registry.optimizer import Optimizer, seams, warmup
+from parity_tests.registry.optimizer import Optimizer, pick, seams, warmup
 from parity_tests.registry.options import Linear, Options
 from parity_tests.registry.rows import BFLOAT16, DECAY, FLOAT64, cases
 
@@ -80,24 +79,13 @@ def _jax(o: MuonOptions, store_x: bool) -> Any:
 
 
 def _torch(groups: list[Any], o: Any, form: str, foreach: bool) -> Any:
-    (params,) = (group["params"] for group in groups)
-    same = {"lr": o.lr, "eps": o.eps, "weight_decay": o.weight_decay}
-    muon = sf_torch.bases.Muon(
-        [p for p in params if p.ndim == 2],
+    return sf_torch.MuonScheduleFree(
+        groups,
+        betas=(o.b1, o.b2),
         momentum=o.base_momentum,
-        nesterov=o.nesterov,
         adjust_lr_fn="match_rms_adamw",
-        ns_dtype=None,
-        row_b2=o.row_b2,
-        **same,
-    )
-    rest = [p for p in params if p.ndim != 2]
-    adamw = torch.optim.AdamW(rest, betas=(0.0, o.b2), foreach=foreach, **same)
-    return getattr(sf_torch, "ScheduleFreeWrapper" + form)(
-        sf_torch.CombinedOptimizer(muon, adamw),
-        momentum=o.b1,
-        r=o.r,
-        weight_lr_power=o.weight_lr_power,
+        foreach=foreach,
+        **pick(o, "eps weight_decay warmup_steps r weight_lr_power row_b2 nesterov"),
     )
 
 
@@ -108,13 +96,14 @@ OPTIMIZER = Optimizer(
     arguments=lambda o: {"lr": o.lr},
     torch=_torch,
     options=MuonOptions,
-    torch_forms=("", "Reference"),
+    torch_forms=("",),
+    fuses=False,
     lacks={
         "sf_torch": {"nesterov": "torch's has no bias correction, which optax's has"}
     },
 )
 
-# CombinedOptimizer has the matrices in its first group, so they come first here.
+# MuonScheduleFree has the matrices in its first group, so they come first here.
 _MATRICES: dict[str, Any] = {
     "tree": {"tall": (8, 5), "wide": (4, 7), "vector": (6,), "scalar": ()}
 }
@@ -126,6 +115,7 @@ CASES = cases(
     OPTIMIZER,
     ("plain", {}, _MATRICES),
     ("decay", {**_EXACT_DECAY, "r": 0.5}, _MATRICES),
+    ("warmup", {"warmup_steps": 20}, _MATRICES),
     ("lr_schedule", {"lr": Linear(0.0002, 0.005)}, _MATRICES),
     ("growing", {"b1": Growing(0.8, 50, 0.7)}, _MATRICES),
     ("nesterov", {"nesterov": True}, _MATRICES),

@@ -7,12 +7,10 @@ steps in the group's ``k``, which then advances by two at every step.
 import dataclasses
 from typing import Any
 
-import prodigyopt
-
 import sf_jax
 import sf_torch
 from parity_tests import reference
-from parity_tests.registry.optimizer import Optimizer, warmup
+from parity_tests.registry.optimizer import Optimizer, pick, warmup
 from parity_tests.registry.options import Linear, Options, function
 from parity_tests.registry.rows import BFLOAT16, DECAY, FLOAT64, ON_NETWORK, cases
 
@@ -48,21 +46,12 @@ def _jax(o: ProdigyOptions, store_x: bool) -> Any:
     )
 
 
-def _arguments(o: ProdigyOptions) -> dict[str, Any]:
-    return {
-        "lr": o.lr,
-        # prodigyopt steps with the new d where beta1 is 0, and with the former d where
-        # it is above 0, as the formula does.
-        "betas": (o.inner_momentum or 1e-30, o.b2),
-        "eps": o.eps,
-        "weight_decay": o.weight_decay,
-    }
-
-
 def _torch(groups: list[Any], o: ProdigyOptions, form: str, foreach: bool) -> Any:
-    base = prodigyopt.Prodigy(groups, use_bias_correction=True, d0=o.d0)
-    return getattr(sf_torch, "ScheduleFreeWrapper" + form)(
-        base, momentum=o.b1, r=o.r, weight_lr_power=o.weight_lr_power
+    return sf_torch.ProdigyScheduleFree(
+        groups,
+        betas=(o.b1, o.b2),
+        estim_lr0=o.d0,
+        **pick(o, "eps weight_decay warmup_steps r weight_lr_power inner_momentum"),
     )
 
 
@@ -70,13 +59,11 @@ OPTIMIZER = Optimizer(
     "prodigy",
     reference=_reference,
     jax=_jax,
-    arguments=_arguments,
+    arguments=lambda o: {"lr": o.lr},
     torch=_torch,
     options=ProdigyOptions,
-    torch_forms=("", "Reference"),
-    lacks={
-        "sf_torch": {"warmup": "the wrapper has none: a scheduler sets the base's lr"}
-    },
+    torch_forms=("",),
+    fuses=False,
 )
 
 # At lr = 1 the network's run is unstable: it magnifies rounding, in float64 too.

@@ -1,0 +1,176 @@
+"""Schedule-Free Muon: matrices under Muon or NorMuon, the rest under AdamW.
+
+The formulas are those of :mod:`sf_torch.bases.muon` and of AdamW without momentum, each
+of which moves z in its step.
+
+References:
+  Apte et al., *Anytime Training with Schedule-Free Spectral Optimization*,
+    https://arxiv.org/abs/2605.23061
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from sf_torch import _checks
+from sf_torch._optimizers.wrapper import ScheduleFreeWrapper
+from sf_torch._step.numbers import EPS_FLOOR
+from sf_torch.bases import CombinedOptimizer, Muon
+
+
+class MuonScheduleFree(ScheduleFreeWrapper):
+    r"""Schedule-Free Muon; parameters that are not matrices move by AdamW.
+
+    It is ``sf_jax.schedule_free_muon``, and a :class:`ScheduleFreeWrapper` over
+    :class:`sf_torch.bases.Muon` and ``torch.optim.AdamW``.
+
+    Args:
+      params: parameters or groups of them, as for any torch optimizer. Real ones of
+        two dimensions are Muon's. Each group becomes up to two, which keep its options:
+        ``optimizer.param_groups`` has the groups of matrices first, in the given
+        order, and then those of the rest. A group may have its own ``lr``,
+        ``weight_decay``, ``eps``, ``weight_decay_at_y``, ``r``, ``weight_lr_power``
+        and, for its matrices, any option of :class:`sf_torch.bases.Muon`.
+      lr: step size of matrices and, unless ``adam_lr`` is given, of the rest.
+      betas: (β, b2): the weight of x in y, in [0, 1], and the decay rate of AdamW's
+        second moment, in [0, 1). They are the same for all groups. Later β is
+        ``optimizer.momentum``, as of every wrapper.
+      eps: the least norm that Muon divides by, and added to the root of a second
+        moment.
+      weight_decay: λ, decoupled and times the learning rate, at z.
+      warmup_steps: steps of linear warmup.
+      r: steps are weighed by ``(k + 1) ** r``.
+      weight_lr_power: and by the largest learning rate so far to this power.
+      momentum: Muon's own, in [0, 1).
+      row_b2: decay rate of the second moment of rows, in [0, 1), for NorMuon; None for
+        Muon.
+      nesterov: whether Muon's momentum looks ahead. It has no bias correction here,
+        which optax's has.
+      adjust_lr_fn: how a matrix's shape scales its step: "original" (or None) or
+        "match_rms_adamw", which is ``consistent_rms=0.2`` in JAX. NorMuon always has
+        the latter.
+      adam_lr: step size of what is not a matrix; None for ``lr``.
+      ns_steps: iterations of Newton-Schulz.
+      ns_dtype: their dtype; None for that of the parameter, at least float32.
+        ``torch.bfloat16``, which ``torch.optim.Muon`` has, is faster on accelerators.
+      weight_decay_at_y: λ of a decay at y; see :class:`ScheduleFreeWrapper`.
+      foreach: as for ``torch.optim.AdamW``.
+      store_x: keep x in the state.
+      state_dtype: dtype of z and x. By default that of each parameter, float32 for
+        those narrower than it.
+
+    Raises:
+      ValueError: an argument out of its range, or a group with betas of its own.
+      TypeError: ``warmup_steps`` or ``ns_steps`` that is not a whole number, or params
+        that are one tensor.
+
+    Examples:
+      >>> import torch, sf_torch
+      >>> model = torch.nn.Linear(3, 2)
+      >>> optimizer = sf_torch.MuonScheduleFree(model.parameters(), lr=0.05)
+      >>> [tuple(group["params"][0].shape) for group in optimizer.param_groups]
+      [(2, 3), (2,)]
+      >>> optimizer.train()
+      >>> model(torch.ones(3)).sum().backward()
+      >>> optimizer.step()
+
+    References:
+      Apte et al., *Anytime Training with Schedule-Free Spectral Optimization*,
+        https://arxiv.org/abs/2605.23061
+      Li et al., *NorMuon*, https://arxiv.org/abs/2510.05491
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.02,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        r: float = 0.0,
+        weight_lr_power: float = 2.0,
+        *,
+        momentum: float = 0.95,
+        row_b2: float | None = None,
+        nesterov: bool = True,
+        adjust_lr_fn: str | None = None,
+        adam_lr: float | Tensor | None = None,
+        ns_steps: int = 5,
+        ns_dtype: torch.dtype | None = None,
+        weight_decay_at_y: float = 0.0,
+        foreach: bool | None = None,
+        store_x: bool = False,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        _checks.betas("betas", betas)
+        _checks.learning_rate("lr", lr)
+        _checks.non_negative("eps", eps)
+        _checks.non_negative("weight_decay", weight_decay)
+        matrices, rest = _by_dimensions(params)
+        if adam_lr is not None:
+            _checks.learning_rate("adam_lr", adam_lr)
+            rest = [{**group, "lr": adam_lr} for group in rest]
+        same = {"lr": lr, "eps": max(eps, EPS_FLOOR), "weight_decay": weight_decay}
+        bases: list[torch.optim.Optimizer] = []
+        if matrices:
+            muon = Muon(
+                matrices,
+                momentum=momentum,
+                row_b2=row_b2,
+                nesterov=nesterov,
+                adjust_lr_fn=adjust_lr_fn,
+                ns_steps=ns_steps,
+                ns_dtype=ns_dtype,
+                **same,
+            )
+            bases.append(muon)
+        if rest:
+            # β takes the place of the first moment.
+            adamw = torch.optim.AdamW(
+                rest, betas=(0.0, betas[1]), foreach=foreach, **same
+            )
+            bases.append(adamw)
+        super().__init__(
+            CombinedOptimizer(*bases),
+            weight_decay_at_y,
+            betas[0],
+            weight_lr_power,
+            r,
+            warmup_steps=warmup_steps,
+            store_x=store_x,
+            state_dtype=state_dtype,
+        )
+
+
+def _by_dimensions(params: ParamsT) -> tuple[list[Any], list[Any]]:
+    """Groups of the matrices, and groups of the rest, each with its group's options."""
+    if isinstance(params, Tensor):
+        raise TypeError(
+            "params must be parameters or groups of them, got one tensor. Put it into "
+            "a list."
+        )
+    given = list(params)
+    groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+    matrices, rest = [], []
+    for group in groups:
+        if "betas" in group:
+            raise ValueError(
+                f"a group has betas {group['betas']} of its own, and they are the same "
+                "for all groups here. Give betas to the optimizer, or build two."
+            )
+        params = group["params"]
+        members = [params] if isinstance(params, Tensor) else list(params)
+        for kind, wants_matrices in ((matrices, True), (rest, False)):
+            of_kind = [m for m in members if _is_matrix(m) == wants_matrices]
+            if of_kind:
+                kind.append({**group, "params": of_kind})
+    return matrices, rest
+
+
+def _is_matrix(member: Any) -> bool:
+    """Whether a parameter, or a pair (name, parameter), is Muon's."""
+    p = member[1] if isinstance(member, tuple) else member
+    return bool(p.ndim == 2 and p.is_floating_point())
