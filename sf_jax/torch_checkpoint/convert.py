@@ -93,7 +93,8 @@ def from_torch(
     Raises:
       ValueError: leaves that are missing, left over, ambiguous or misshapen, moments
         without a place, groups that one state cannot hold, another β, parameters that
-        are neither x nor y of their state: all of it in one message.
+        are neither x nor y of their state, a parameter whose bias PyTorch corrects by
+        fewer steps than its group's: all of it in one message.
 
     Examples:
       >>> import numpy as np, jax.numpy as jnp, sf_jax

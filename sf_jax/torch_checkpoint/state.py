@@ -17,6 +17,9 @@ from sf_jax.torch_checkpoint.names import first_names
 # Whatever a state keeps beside the moments: the iterates (y is also the parameter's
 # own value) and torch's count of steps, which is the group's k.
 IMPLIED = {"x", "y", "z", "step"}
+# Steps of its group in which a parameter of sf_torch had no gradient.
+MISSED = "missed"
+_SHOWS = 2.0**-24  # what is smaller does not show beside 1 in float32
 _ROUNDINGS = 4  # between an x or a y that was saved and the same worked out here
 _BUFFERS = {"running_mean", "running_var", "num_batches_tracked"}
 _CAST = {  # NumPy's name of a dtype, and the method of a tensor that casts to it
@@ -185,12 +188,14 @@ def read_parameters(
             if (name := order.get(index)) is None:
                 continue
             param = to_numpy(model[name])
+            saved = optimizer["state"].get(index, {})
             state = {
                 key: to_numpy(value)
-                for key, value in optimizer["state"].get(index, {}).items()
+                for key, value in saved.items()
                 if value is not None  # SGD's buffer where it has no momentum
-                and not (key == "missed" and int(value) == 0)
+                and key != MISSED
             }
+            problems += _count_problems(name, saved, group)
             problems += [
                 f"misshapen: {key} {value.shape} of {name} {param.shape}; is the "
                 "optimizer's order another? (param_names=)"
@@ -220,6 +225,33 @@ def read_parameters(
     if started and not any("z" in p.state for p in parameters.values()):
         problems.append("no z in the optimizer's state: it is no Schedule-Free one")
     return parameters
+
+
+def _count_problems(
+    name: str, state: Mapping[str, Any], group: Mapping[str, Any]
+) -> list[str]:
+    """Refuses a parameter whose bias is corrected by another count than its group's.
+
+    JAX corrects the bias of every leaf by the one count of its state. Where no decay
+    rate to the power of the parameter's own count shows beside 1 in float32, the two
+    counts correct alike, at this step and at all later ones.
+    """
+    missed = int(state.get(MISSED, 0))
+    if not missed or group.get("upstream_compatible"):  # which has the group's count
+        return []
+    b1, b2 = group["betas"]
+    decay = max(b2, group.get("inner_momentum", b1) if "exp_avg" in state else 0.0)
+    k = int(group["k"])
+    if decay ** (k - missed) <= _SHOWS:
+        return []
+    enough = math.ceil(math.log(_SHOWS) / math.log(decay))
+    return [
+        f"different: {name} had no gradient in {missed} of {k} steps, and PyTorch "
+        f"corrects its bias by the {k - missed} that it took. JAX corrects that of "
+        f"all leaves by the {k} of their state. Go on in PyTorch until it has taken "
+        f"{enough}, from where both corrections are 1 to rounding; or delete "
+        f"{MISSED!r} from its state to have it corrected by {k} from now on"
+    ]
 
 
 def name_order(
