@@ -79,7 +79,7 @@ def test_docs_name_what_there_is():
     seen = set()
     for framework, bullet in BULLET.findall(text):
         package = packages[framework]
-        for name in re.findall(r"`(_\w+\.py)`", bullet):
+        for name in re.findall(r"`(_[\w/]+\.py)`", bullet):
             assert (ROOT / package.__name__ / name).exists(), name
         for name in OPTIMIZER.findall(bullet):
             assert hasattr(package, name), name

@@ -17,6 +17,7 @@ from torch.optim.optimizer import ParamsT
 from sf_torch import _checks
 from sf_torch._optimizers.wrapper import ScheduleFreeWrapper
 from sf_torch._step.numbers import EPS_FLOOR
+from sf_torch._step.schedule import Group
 from sf_torch.bases import CombinedOptimizer, Muon
 
 
@@ -143,6 +144,20 @@ class MuonScheduleFree(ScheduleFreeWrapper):
             store_x=store_x,
             state_dtype=state_dtype,
         )
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Refuses groups that come after the optimizer has been built.
+
+        Raises:
+          ValueError: always, once it is built.
+        """
+        if self.param_groups is self.base.param_groups:
+            raise ValueError(
+                "MuonScheduleFree takes its groups when it is built. Give it all "
+                "parameters then, also those that train later: a parameter stays as "
+                "it is while it has no gradient."
+            )
+        super().add_param_group(param_group)
 
 
 def _by_dimensions(params: ParamsT) -> tuple[list[Any], list[Any]]:

@@ -289,6 +289,23 @@ def test_muon_takes_matrices_alone_and_others_alone(kind):
     assert not torch.equal(params[kind[0]], weights()[kind[0]])
 
 
+def test_a_group_that_muon_gets_late_is_refused_and_a_late_gradient_is_not():
+    params = weights()
+    optimizer = sf_torch.MuonScheduleFree(params.values())
+    before = [dict(group) for group in optimizer.param_groups]
+    late = torch.nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(ValueError, match="Give it all parameters"):
+        optimizer.add_param_group({"params": [late]})
+    assert optimizer.param_groups == before
+    optimizer.train()
+    for p in params.values():
+        p.grad = torch.ones_like(p) if p.ndim == 2 else None
+    optimizer.step()
+    assert torch.equal(params["bias"], weights()["bias"])
+    take(optimizer, params, [1])
+    assert not torch.equal(params["bias"], weights()["bias"])
+
+
 PRESETS = {
     "muon": lambda p: sf_torch.MuonScheduleFree(p, row_b2=0.9, warmup_steps=4),
     "prodigy": lambda p: sf_torch.ProdigyScheduleFree(p, warmup_steps=4),
