@@ -32,7 +32,7 @@ class Candidate:
         return importlib.util.find_spec(self.package) is not None
 
 
-ADAM = {"betas": BETAS, "eps": EPS}
+ADAM: dict[str, Any] = {"betas": BETAS, "eps": EPS}
 
 
 def _torch(package: str, name: str, **options: Any) -> Callable[..., Any]:

@@ -300,7 +300,7 @@ def _latest_weight(lr_max: Double, weight_lr_power: jax.typing.ArrayLike) -> Dou
 
 
 def _is_known_zero(value: jax.typing.ArrayLike) -> bool:
-    return _checks.is_number(value) and value == 0
+    return _checks.is_number(value) and bool(value == 0)
 
 
 def _scalar(value: jax.typing.ArrayLike) -> jax.Array:
