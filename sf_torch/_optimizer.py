@@ -475,7 +475,7 @@ class ScheduleFree(torch.optim.Optimizer):
                 self.__dict__.setdefault("_captured", []).extend(plan.captured())
             for p, _ in self._moved(group):
                 if p.grad is None:
-                    self._stay(p, group, draft["b1"])
+                    self._stay(p, group, draft)
             enter_counters(group, draft)
 
     def _plan(
@@ -523,7 +523,7 @@ class ScheduleFree(torch.optim.Optimizer):
             parts.setdefault(missed, []).append(p)
         return list(parts.items())
 
-    def _stay(self, p: Tensor, group: Group, next_b1: float) -> None:
+    def _stay(self, p: Tensor, group: Group, draft: Group) -> None:
         """Ends a step that the parameter did not take: x and z stay.
 
         The step is counted as missed, and y moves to where the next β has it.
@@ -532,9 +532,11 @@ class ScheduleFree(torch.optim.Optimizer):
         if self._counts_apart(group):
             missed = state.get(MISSED, 0)
             if self._way(group).captures and not isinstance(missed, Tensor):
-                # On the device, as k is: a CUDA graph of the step moves both.
-                missed = torch.full_like(group["k"], missed)
-            state[MISSED] = missed + 1
+                missed = torch.full_like(draft["k"], missed)
+            # In place on the device, as k is: a CUDA graph of the step moves both.
+            missed += 1
+            state[MISSED] = missed
+        next_b1 = draft["b1"]
         if next_b1 != group["b1"]:
             state = self._state_of(p, group)
             y = formula.recover_y(self._x(p, group), state["z"], next_b1)
