@@ -165,12 +165,13 @@ def schedule_free_muon(
       TypeError: ``warmup_steps`` that is not a whole number.
 
     Examples:
-      >>> import jax.numpy as jnp, optax, sf_jax
+      >>> import jax, jax.numpy as jnp, optax, sf_jax
       >>> tx = sf_jax.schedule_free_muon(0.1)
       >>> params = {"kernel": jnp.eye(3), "bias": jnp.ones(3)}  # y
       >>> state = tx.init(params)
+      >>> update = jax.jit(tx.update)
       >>> for _ in range(100):
-      ...     updates, state = tx.update(params, state, params)  # of |y|^2 / 2
+      ...     updates, state = update(params, state, params)  # of |y|^2 / 2
       ...     params = optax.apply_updates(params, updates)
       >>> bool(optax.tree.norm(sf_jax.eval_params(state, params)) < 0.5)
       True

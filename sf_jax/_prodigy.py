@@ -77,12 +77,13 @@ def schedule_free_prodigy(
       TypeError: ``warmup_steps`` that is not a whole number.
 
     Examples:
-      >>> import jax.numpy as jnp, optax, sf_jax
+      >>> import jax, jax.numpy as jnp, optax, sf_jax
       >>> tx = sf_jax.schedule_free_prodigy()
       >>> params = jnp.array([3.0, -2.0])  # y
       >>> state = tx.init(params)
+      >>> update = jax.jit(tx.update)
       >>> for _ in range(200):
-      ...     updates, state = tx.update(2 * params, state, params)  # of |y|^2
+      ...     updates, state = update(2 * params, state, params)  # of |y|^2
       ...     params = optax.apply_updates(params, updates)
       >>> bool(jnp.linalg.norm(sf_jax.eval_params(state, params)) < 0.2)
       True

@@ -44,10 +44,15 @@ def test_every_candidate_is_measured_or_says_why_not(results):
         if not row["note"]:
             assert 0 < row["minimum_ms"] <= row["median_ms"]
             assert row["times_floor"] > 0
-            # z and v, or m and v, in float32.
-            assert row["state_bytes_per_parameter"] == pytest.approx(8.0, abs=0.1)
+            # z and v, or m and v, in float32; SGD has z alone, GPA and ScheduleFree+
+            # have m too.
+            expected = 4.0 if "SGD" in row["candidate"] else 8.0
+            if row["candidate"].endswith(("GPAAdamW", "ScheduleFree+")):
+                expected = 12.0
+            assert row["state_bytes_per_parameter"] == pytest.approx(expected, abs=0.1)
         assert row["candidate"] in printed
-    assert {c.name for c in CANDIDATES if c.ours} <= {
+    # What would compile for long is left out of so short a run.
+    assert {c.name for c in CANDIDATES if c.ours and not c.first_seconds} <= {
         row["candidate"] for row in steps if not row["note"]
     }
     assert content["versions"]["jax"]
@@ -56,7 +61,9 @@ def test_every_candidate_is_measured_or_says_why_not(results):
 
 def test_x_is_timed_where_it_can_be_found(results):
     rows = json.loads((results[0] / "results.json").read_text())["rows"]
-    timed = {row["candidate"]: set(row["evaluation_ms"]) for row in rows[:11]}
+    timed = {
+        row["candidate"]: set(row["evaluation_ms"]) for row in rows[: len(CANDIDATES)]
+    }
     assert timed["sf_torch"] == {"eval_params()", "eval() and train()"}
     assert timed["sf_jax in optax.flatten"] == {"eval_params, jitted"}
     assert not timed["optax adamw"]

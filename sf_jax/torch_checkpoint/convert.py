@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sf_jax._double import scalar_dtype
+from sf_jax._eval import own
 from sf_jax._paths import Path, leaves, map_leaves
 from sf_jax._schedule_free import ScheduleFreeState
 from sf_jax.torch_checkpoint.names import (
@@ -186,11 +187,14 @@ def from_torch(
         if (parameter.name, key) not in used and (key == "z" or key not in IMPLIED)
     ]
     raise_all(problems, BUILD_ALIKE)
-    return JaxRun(
+    run = JaxRun(
         params=map_leaves(fill_model, params),
         opt_state=opt_state,
         batch_stats=map_leaves(fill_model, batch_stats),
     )
+    # What PyTorch has no part in comes from the caller's trees. It is copied, because
+    # a step may donate the run, and the caller's buffers with it.
+    return jax.tree.map(own, run)
 
 
 def to_torch(

@@ -167,9 +167,11 @@ def _by_dimensions(params: ParamsT) -> tuple[list[Any], list[Any]]:
             "params must be parameters or groups of them, got one tensor. Put it into "
             "a list."
         )
-    given = list(params)
+    given: list[Any] = list(params)
+    groups: list[dict[str, Any]]
     groups = given if given and isinstance(given[0], dict) else [{"params": given}]
-    matrices, rest = [], []
+    matrices: list[dict[str, Any]] = []
+    rest: list[dict[str, Any]] = []
     for group in groups:
         if "betas" in group:
             raise ValueError(

@@ -175,7 +175,8 @@ def test_scalars_at_the_last_count():
 
 
 # Muon's matrices cost much to compile and add nothing that has a slope of its own.
-SLOPES = sorted(MAKERS.keys() - {"sgd", "adamw", "radam", "muon", "normuon"})
+# Those that are left out share their roots and divisions with one that is here.
+SLOPES = ("adamw_momentum", "gpa", "paper", "plus", "prodigy", "radam_loud", "refined")
 
 
 @pytest.mark.parametrize("name", SLOPES)
@@ -191,7 +192,7 @@ def test_the_slope_of_x_by_lr_is_that_of_differences(name):
     assert float(slopes[1]) == pytest.approx(float(difference), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["adamw", "radam_loud", "plus", "normuon"])
+@pytest.mark.parametrize("name", ["adamw", "radam_loud", "normuon"])
 def test_a_parameter_without_gradient_has_slope_0(name):
     """Of what sf_jax computes: the roots of optax's Adam and Prodigy have none."""
 
@@ -215,7 +216,7 @@ def test_a_parameter_without_gradient_has_slope_0(name):
 # Checks for NaN
 
 
-@pytest.mark.parametrize("name", [*SLOPES, "normuon"])
+@pytest.mark.parametrize("name", ["algoperf", "plus", "radam_loud"])
 def test_nothing_is_nan_on_the_way(name):
     """``checkify`` also looks at what a ``where`` leaves out."""
 
@@ -251,7 +252,7 @@ def first_step(name, dtype):
     return updates, state, sf_jax.eval_params(state, optax.apply_updates(p, updates))
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", sorted(MAKERS.keys() - {"muon", "gpa", "wrapped"}))
 def test_float8_parameters_have_a_float32_state(name):
     updates, state, served = first_step(name, jnp.float8_e4m3fn)
     _, wide, x = first_step(name, jnp.float32)

@@ -156,11 +156,12 @@ def test_no_more_than_a_step_is_held(tmp_path):
     with record(optimizer, path):
         for k in range(20):
             step(net, optimizer, k)
-            gc.collect()
-            held = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
-            tensors.append(held)
             sizes.append(path.stat().st_size)
-    assert tensors[2] == tensors[-1]
+            if k in (2, 19):  # a look at all objects there are takes a second
+                gc.collect()
+                held = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+                tensors.append(held)
+    assert tensors[0] == tensors[1]
     assert sorted(set(sizes)) == sizes
 
 

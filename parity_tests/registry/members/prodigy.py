@@ -49,7 +49,7 @@ def _jax(o: ProdigyOptions, store_x: bool) -> Any:
 def _torch(groups: list[Any], o: ProdigyOptions, form: str, foreach: bool) -> Any:
     return sf_torch.ProdigyScheduleFree(
         groups,
-        betas=(o.b1, o.b2),
+        betas=(o.b1, o.b2),  # type: ignore[arg-type]  # b1 is a number in PyTorch
         estim_lr0=o.d0,
         **pick(o, "eps weight_decay warmup_steps r weight_lr_power inner_momentum"),
     )
