@@ -29,9 +29,16 @@ no_counts = pytest.mark.parametrize("value", [0.25, 2.5, np.float32(0.5), float(
 wholes = pytest.mark.parametrize("whole", [0, 2])
 
 
+def over(params, make, **options):
+    """The optimizer over these parameters; the wrapper is over another one."""
+    if make is sf_torch.ScheduleFreeWrapper:
+        params = torch.optim.SGD(params, lr=0.1)
+    return make(params, **options)
+
+
 def torch_run(make, options):
     w = torch.nn.Parameter(torch.tensor([[3.0, -2.0], [1.0, 0.5]]))
-    optimizer = make([w], **options)
+    optimizer = over([w], make, **options)
     optimizer.train()
 
     def closure():
@@ -92,7 +99,7 @@ def test_jax_turns_warmup_off_by_zero_of_any_type(zero):
 def test_torch_refuses_a_share_of_the_run(make, argument, value):
     w = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(TypeError, match=f"{argument}.* whole number, got {value}.*tim"):
-        make([w], **{argument: value})
+        over([w], make, **{argument: value})
 
 
 @in_jax
