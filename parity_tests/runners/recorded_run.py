@@ -137,9 +137,13 @@ class Run:
         wrapper = info["options"]
         return options | {
             "base_momentum": saved["momentum"],
-            "weight_decay": wrapper["weight_decay_at_y"],
-            "weight_lr_power": wrapper["weight_lr_power"],
-            "r": wrapper["r"],
+            "weight_decay": saved.get(
+                "weight_decay_at_y", wrapper.get("weight_decay_at_y")
+            ),
+            "weight_lr_power": wrapper.get(
+                "weight_lr_power", saved.get("weight_lr_power")
+            ),
+            "r": wrapper.get("r", saved.get("r")),
         }
 
     def frames(self) -> Iterator[tuple[str, int, Leaves, Leaves, Leaves]]:

@@ -8,7 +8,15 @@ without; the Triton kernel is held against the lists in ``test_torch_plans.py`` 
 
 import pytest
 import torch
-from members import MEMBERS, assert_same_iterates, build, iterates, run, tensors
+from members import (
+    MEMBERS,
+    OVER_A_BASE,
+    assert_same_iterates,
+    build,
+    iterates,
+    run,
+    tensors,
+)
 
 from sf_torch._step import dispatch, eager, formula
 
@@ -36,7 +44,7 @@ def test_lists_take_the_step_of_the_formula(name, dtype, monkeypatch):
     ours = trained(name, dtype, by_lists)
     monkeypatch.setattr(eager, "takes", lambda pieces: False)
     truth = trained(name, dtype, by_formula)
-    if "Wrapper" not in name:  # whose plans do not last
+    if name not in OVER_A_BASE:  # whose plans do not last
         assert (by_lists, by_formula) == ({eager.Lists}, {formula.Plain})
     # Some roundings a step; a bfloat16 parameter rounds to one of two neighbours.
     wide = 2**-53 if dtype == torch.float64 else 2**-24
