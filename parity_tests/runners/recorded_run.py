@@ -134,16 +134,13 @@ class Run:
                 f"the wrapper over {info['base']} {not_covered or ''} has no reference "
                 "to replay it with. Over plain torch.optim.SGD it has."
             )
-        wrapper = info["options"]
+        # Ours has them in its groups, Meta's beside them.
+        wrapper = {**info["options"], **saved}
         return options | {
             "base_momentum": saved["momentum"],
-            "weight_decay": saved.get(
-                "weight_decay_at_y", wrapper.get("weight_decay_at_y")
-            ),
-            "weight_lr_power": wrapper.get(
-                "weight_lr_power", saved.get("weight_lr_power")
-            ),
-            "r": wrapper.get("r", saved.get("r")),
+            "weight_decay": wrapper["weight_decay_at_y"],
+            "weight_lr_power": wrapper["weight_lr_power"],
+            "r": wrapper["r"],
         }
 
     def frames(self) -> Iterator[tuple[str, int, Leaves, Leaves, Leaves]]:

@@ -140,7 +140,10 @@ def switch(lean: Sequence[Leaf], b1: float, to_x: bool) -> list[Leaf]:
 
     Returns those that the kernel cannot take.
     """
-    taken = [leaf for leaf in lean if _switches([*leaf.values()])]
+    taken: list[Leaf] = []
+    rest: list[Leaf] = []
+    for leaf in lean:
+        (taken if _switches([*leaf.values()]) else rest).append(leaf)
     for launch in launches_over(taken):
         launch.run(
             switch_kernel,
@@ -151,7 +154,7 @@ def switch(lean: Sequence[Leaf], b1: float, to_x: bool) -> list[Leaf]:
             1 - b1,
             TO_X=to_x,
         )
-    return [leaf for leaf in lean if not _switches([*leaf.values()])]
+    return rest
 
 
 def _switches(tensors: Sequence[Tensor]) -> bool:
