@@ -1,11 +1,11 @@
-"""After a state has been loaded: do the parameters hold what its mode says?
+"""Loading: does a state fit, and do the parameters hold what its mode says?
 
 Model and optimizer are saved and loaded apart: often the model at x, to be served, and
 the optimizer in train mode, and in either order. The state tells x from y, so that
 parameters that hold the one in place of the other can be seen and set right.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,67 @@ from sf_torch._step.formula import recover_x, recover_y
 
 Group = dict[str, Any]
 States = Mapping[Tensor, dict[str, Tensor]]
+
+
+def check_fits(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Before a state dict is loaded.
+
+    Raises:
+      ValueError: its shapes are not those of the parameters, or it is the state of an
+        optimizer that is not Schedule-Free or does not count its steps in its groups.
+    """
+    for index, _, saved in saved_states(optimizer, state_dict):
+        if saved and "z" not in saved:
+            raise ValueError(
+                f"the state of parameter {index} has {', '.join(saved)} and no z: "
+                "it is not that of a Schedule-Free optimizer. Load the model "
+                "alone, and let the optimizer begin at its weights."
+            )
+    misfits = [
+        f"parameter {index}: {key} {tuple(value.shape)} for {tuple(p.shape)}"
+        for index, p, saved in saved_states(optimizer, state_dict)
+        for key, value in saved.items()
+        if isinstance(value, Tensor) and value.dim() and value.shape != p.shape
+    ]
+    if misfits:
+        raise ValueError(
+            "the state dict does not fit the parameters: "
+            + "; ".join(misfits)
+            + ". Build the optimizer over the model that it was saved with."
+        )
+    for group in state_dict["param_groups"]:
+        states = [state_dict["state"].get(index, {}) for index in group["params"]]
+        if "k" not in group and any("z" in state for state in states):
+            raise ValueError(
+                "a group of the state dict has no k, the number of steps taken, "
+                f"only {sorted(group)}. It is of another package, such as GPAAdamW "
+                "of facebookresearch/optimizers: set k, weight_sum, lr_max, "
+                "train_mode and the options in its groups by the names used here."
+            )
+
+
+def saved_states(
+    optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]
+) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
+    """Index, parameter and saved state of each parameter that has one."""
+    pairs = zip(state_dict["param_groups"], optimizer.param_groups, strict=False)
+    for saved, group in pairs:
+        for index, p in zip(saved["params"], group["params"], strict=False):
+            if index in state_dict["state"]:
+                yield index, p, state_dict["state"][index]
+
+
+def restore_dtypes(
+    optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]
+) -> None:
+    """Undoes torch's cast of loaded state to the parameters' dtype."""
+    for _, p, saved in saved_states(optimizer, state_dict):
+        for key, value in saved.items():
+            if (
+                isinstance(value, Tensor)
+                and value.dtype != optimizer.state[p][key].dtype
+            ):
+                optimizer.state[p][key] = value.detach().to(p.device, copy=True)
 
 
 @torch.no_grad()

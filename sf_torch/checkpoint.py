@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from sf_torch import _archive
-from sf_torch._optimizer import ScheduleFree, saved_states
+from sf_torch._loaded import saved_states
+from sf_torch._optimizer import ScheduleFree
 from sf_torch._optimizers.forms import Closure
 
 FORMAT = 1

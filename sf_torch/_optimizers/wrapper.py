@@ -16,12 +16,9 @@ import torch
 from torch import Tensor
 
 from sf_torch import _checks
-from sf_torch._optimizer import (
-    ITERATES,
-    ScheduleFree,
-    bookkeeping,
-    restore_dtypes,
-)
+from sf_torch._iterates import ITERATES
+from sf_torch._loaded import restore_dtypes
+from sf_torch._optimizer import ScheduleFree, bookkeeping
 from sf_torch._optimizers.forms import Reference
 from sf_torch._step import formula
 from sf_torch._step.batches import Leaf, is_master, local, wide_dtype

@@ -102,6 +102,24 @@ def test_ckp1_is_zero_while_nothing_has_weight():
     assert weights.ratio.hi == 0
 
 
+def test_ckp1_fades_where_weights_fall_without_end():
+    """The exact sum of (k + 1)^-80 is 1 and a rest; float32 holds no W / w so large."""
+    average = polynomial_mean(r=-80.0)
+
+    def body(weights, count):
+        ckp1, weights = average(count, double(1.0), weights)
+        return weights, ckp1
+
+    zero = jnp.zeros((), jnp.float32)
+    weights, ckp1 = jax.lax.scan(
+        body, Weights(Double(zero, zero), zero), jnp.arange(20, dtype=jnp.int32)
+    )
+    assert np.isfinite(weights.ratio.hi)  # else the state could not be resumed
+    exact = [Fraction(1), Fraction(1, 2**80 + 1)]
+    np.testing.assert_allclose(ckp1[:2], list(map(float, exact)), rtol=1e-6)
+    np.testing.assert_allclose(ckp1[2:], 0, atol=1e-29)
+
+
 @pytest.mark.parametrize("b", [0.5, 0.9, 0.999, 0.99999])
 @pytest.mark.parametrize("count", [0, 1, 10, 10**4, 2**24])
 def test_bias_correction(b, count):

@@ -151,6 +151,16 @@ def test_the_group_of_a_reference_says_where_it_decays(at_z, capsys):
     assert back.param_groups[0]["decay_at_z"] is at_z
 
 
+@pytest.mark.parametrize("at", ["y", "z"])
+def test_a_reference_has_the_key_after_the_state_of_the_plain_class(at):
+    params = start()
+    plain = in_train_mode(sf_torch.AdamWScheduleFree(params, decay_at=at))
+    step(plain, params, 0)
+    reference = sf_torch.AdamWScheduleFreeReference(params, decay_at_z=at != "z")
+    reference.load_state_dict(plain.state_dict())
+    assert reference.param_groups[0]["decay_at_z"] is (at == "z")
+
+
 @pytest.mark.parametrize(
     "name", ["ScheduleFreeWrapper", "ScheduleFreeWrapperReference"]
 )
