@@ -4,8 +4,10 @@ They must be in place before JAX starts, which is why they stand at the root and
 are set on import.
 """
 
+import atexit
 import os
 import shutil
+import tempfile
 
 # Tests are about the CPU unless told otherwise: JAX_PLATFORMS=cuda make test.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -18,6 +20,13 @@ if shutil.which("nvidia-smi") is None:
 _FLAG = "--xla_force_host_platform_device_count"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
+# Tests compile the same programs again and again, in several processes at that.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _cache = tempfile.mkdtemp(prefix="compiled-")
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # xdist's workers would otherwise fight over the cores with one thread pool each.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

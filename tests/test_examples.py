@@ -44,7 +44,16 @@ def digits(run):
     return run("digits")
 
 
-@pytest.mark.parametrize("name", [p.stem for p in SCRIPTS])
+LONG = {"anytime", "char_lm_linen", "port_a_run"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(p.stem, marks=[pytest.mark.slow] if p.stem in LONG else [])
+        for p in SCRIPTS
+    ],
+)
 def test_runs_and_writes_into_out(run, name):
     _, out = run(name)
     assert any(out.iterdir())
@@ -80,6 +89,7 @@ def test_digits_report_needs_no_other_file(digits):
     assert "nan" not in re.sub(r"base64,[^\"]*", "", page).lower()
 
 
+@pytest.mark.slow
 def test_ported_run_agrees_on_equal_gradients(run):
     summary = json.loads((run("port_a_run")[1] / "summary.json").read_text())
     assert summary["ulps_when_ported"] <= 1
@@ -109,6 +119,7 @@ def test_a_resumed_character_model_is_the_uninterrupted_one(run, name, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, at_the_end(tmp_path), at_the_end(out))
 
 
+@pytest.mark.slow
 def test_anytime_reports_every_method_at_every_horizon(run):
     printed, out = run("anytime")
     assert {p.name for p in out.iterdir()} == {

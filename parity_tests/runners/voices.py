@@ -46,7 +46,7 @@ VOICES: dict[str, Voice] = {
     "torch": _torch(),
     "torch foreach": _torch(foreach=True, most_steps=100),
     "torch blocks": _torch(blocks=True, most_steps=100),
-    "torch fused": _torch(fused=True, most_steps=30),  # slow where interpreted
+    "torch fused": _torch(fused=True, most_steps=12),  # slow where interpreted
     "torch Reference": _torch("Reference", most_steps=100),
     "torch Closure": _torch("Closure", most_steps=100),
     "golden": Voice("golden", "numpy", in_numpy.run_golden, {}),

@@ -69,7 +69,7 @@ def test_dtypes_and_structure_are_kept(make, dtype, store_x):
     params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
     tx = make(store_x=store_x)
     start = tx.init(params)
-    updates, state = tx.update(gradients(params, 0), start, params)
+    updates, state = jax.eval_shape(tx.update, gradients(params, 0), start, params)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
     assert dtypes(updates) == dtypes(params)
     assert jax.tree.structure(state) == jax.tree.structure(start)

@@ -94,7 +94,7 @@ def make_params(dtype=torch.float32):
     return [torch.nn.Parameter(p) for p in params]
 
 
-def train(make, dtype=torch.float32, steps=8, **options):
+def train(make, dtype=torch.float32, steps=5, **options):
     """y and x (float32) at the end, and the optimizer."""
     params = make_params(dtype)
     optimizer = make(params, **options)
