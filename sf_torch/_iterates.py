@@ -26,7 +26,8 @@ ITERATES = ("z", "x", "y")
 
 
 class Iterates(torch.optim.Optimizer):
-    """Groups, modes and state of an optimizer that does not say how it steps."""
+    """The groups, modes and state of an optimizer; how it steps is added by
+    :class:`~sf_torch._optimizer.ScheduleFree`."""
 
     # What the state holds depends on these
 
@@ -182,13 +183,13 @@ class Iterates(torch.optim.Optimizer):
     # State
 
     def _arrays(self, group: Group) -> tuple[str, ...]:
-        """Keys of the arrays in a parameter's state that the step reads and writes."""
+        """Keys of all arrays that a parameter's state may have."""
         return (*ITERATES, *self._moments(group))
 
     def _moved(self, group: Group) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """The parameters that have moved, each with its state on its own device.
+        """The parameters that have taken a step, each with its state on its own device.
 
-        Without z a parameter has not moved yet: its x, y and z are one.
+        The state of others has no z: their x, y and z are still one.
         """
         moved = [p for p in group["params"] if "z" in self.state.get(p, ())]
         keys = self._arrays(group)
@@ -206,7 +207,7 @@ class Iterates(torch.optim.Optimizer):
         return state
 
     def _state_of(self, p: Tensor, group: Group) -> dict[str, Tensor]:
-        """The state of a parameter, made or completed where that is needed."""
+        """The state of a parameter; arrays that it lacks are made."""
         state = self._bring(p, self._arrays(group))
         dtype = _state_dtype(p.dtype, group["state_dtype"])
         moments = self._moments(group)
@@ -299,8 +300,8 @@ class Iterates(torch.optim.Optimizer):
         _loaded.restore_dtypes(self, state_dict)
         _loaded.place(self.param_groups, self.state, strict=False)
 
-    # The model may be loaded after the optimizer, so that what the parameters hold is
-    # looked at when it matters first.
+    # The model may be loaded after the optimizer. What the parameters hold is therefore
+    # looked at only when it first matters.
     _unsettled = False
 
     def _settle(self, act: Callable[..., None] = _loaded.place) -> None:

@@ -81,7 +81,7 @@ def restore_dtypes(
 
 @torch.no_grad()
 def place(groups: list[Group], states: States, strict: bool = True) -> None:
-    """Lets parameters that hold the other iterate hold that of their group's mode.
+    """Writes into parameters that hold the wrong one of x and y that of their mode.
 
     Raises:
       RuntimeError: a parameter in train mode holds neither x nor y, and ``strict``.
@@ -95,7 +95,7 @@ def place(groups: list[Group], states: States, strict: bool = True) -> None:
 
 @torch.no_grad()
 def check(groups: list[Group], states: States) -> None:
-    """For a step, whose gradients have been taken already.
+    """Refuses a step whose gradients were taken at anything but y.
 
     Raises:
       RuntimeError: a parameter in train mode does not hold y.
@@ -123,11 +123,12 @@ def _refuse(foreign: list[str]) -> None:
 def _misplaced(
     groups: list[Group], states: States
 ) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
-    """Of the parameters that do not hold the iterate of their group's mode:
+    """The parameters that do not hold the iterate of their group's mode.
 
-    pairs (parameter, what it should hold) of those that hold the other one; and names
-    of those in train mode that hold neither. In eval mode they may, since weights
-    written then are taken up as x.
+    Returns:
+      Pairs (parameter, what it should hold) of those that hold the other iterate; and
+      the names of those in train mode that hold neither. In eval mode a parameter may
+      hold neither: weights that are written then are the new x.
     """
     swapped, foreign = [], []
     for i, group in enumerate(groups):
@@ -164,7 +165,7 @@ def _iterates(state: Mapping[str, Tensor], b1: float) -> tuple[Tensor, Tensor] |
 
 
 def _near(held: Tensor, a: Tensor, b: Tensor) -> bool:
-    """Whether it is a, as another device may have rounded it where it is worked out."""
+    """Whether ``held`` is ``a``, but for the rounding of another device."""
     rounding = 4 * torch.finfo(a.dtype).eps * (a.abs() + b.abs())
     equal = (held == a) | (held.isnan() & a.isnan())
     return bool((equal | ((held - a).abs() <= rounding)).all())

@@ -77,7 +77,8 @@ class ScheduleFree(Iterates):
         self._advance(loss, closure)
         return loss
 
-    # What torch.compile may not look into reads or writes what each step changes.
+    # These are kept from torch.compile: they read or write what each step changes, and
+    # it would compile anew for every value.
 
     @torch.compiler.disable
     def _check_mode(self) -> None:
@@ -111,7 +112,7 @@ class ScheduleFree(Iterates):
 
     @torch.compiler.disable
     def _prepare(self, loss: Any, compiles: bool) -> tuple[list[Any], list[Any]]:
-        """What a step takes, once all of it has been looked at; nothing has moved.
+        """Looks at all that a step takes, before anything moves.
 
         Returns:
           For each group its draft and (plan, numbers, gradients) of its parameters;
@@ -148,11 +149,11 @@ class ScheduleFree(Iterates):
         return steps, compiled
 
     def _measure(self, loss: Any, drafts: list[Group]) -> None:
-        """Enters into the drafts what a step depends on beyond each group."""
+        """Enters into the drafts what the step takes from all groups together."""
 
     @torch.compiler.disable
     def _finish(self, steps: list[Any]) -> None:
-        """Takes what is left of a step, and makes the drafts the groups' own."""
+        """Moves what no compiler has moved, and makes the drafts the groups' own."""
         for group, draft, planned in steps:
             for plan, numbers, grads in planned:
                 plan.step(numbers, grads)
@@ -189,7 +190,7 @@ class ScheduleFree(Iterates):
     # Parameters without a gradient
 
     def _parts(self, group: Group) -> list[tuple[Any, list[Tensor]]]:
-        """The parameters with a gradient, apart by how many steps they have missed."""
+        """The parameters with a gradient, a list for each number of missed steps."""
         given = [p for p in group["params"] if p.grad is not None]
         if not self._counts_apart(group):
             return [(0, given)] if given else []

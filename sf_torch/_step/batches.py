@@ -40,7 +40,7 @@ class Piece(NamedTuple):
 
 
 def blocks(leaves: Iterable[tuple[int, Leaf]], together: bool) -> Iterator[list[Piece]]:
-    """Dense leaves on a CPU, in blocks of those that are alike.
+    """Dense leaves on a CPU, in blocks; the leaves of a block are of one kind.
 
     Args:
       leaves: with the number that each parameter goes by.
@@ -62,7 +62,7 @@ def blocks(leaves: Iterable[tuple[int, Leaf]], together: bool) -> Iterator[list[
 
 
 def whole(leaves: Iterable[tuple[int, Leaf]], together: bool) -> Iterator[list[Piece]]:
-    """Leaves in lists of those that are alike, nothing sliced."""
+    """Leaves in lists, the leaves of a list being of one kind; nothing is sliced."""
     alike: dict[Any, list[Piece]] = {}
     for member, leaf in leaves:
         key = (*_kind(leaf), None if together else member)

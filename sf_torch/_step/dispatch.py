@@ -22,7 +22,7 @@ Executor = Kernel | Lists | Plain
 
 
 class Way(NamedTuple):
-    """What a group asks for."""
+    """How a group's options let its parameters move."""
 
     fuses: bool  # whether its arrays are the Triton kernel's where it takes them
     captures: bool  # whether nothing else may move them: a CUDA graph is to replay it
@@ -86,7 +86,7 @@ class Plan:
         state: Mapping[Tensor, Any],
         kind: Any,
     ) -> bool:
-        """Whether it is still right for these."""
+        """Whether the plan still holds for these parameters, gradients and states."""
         if (
             not self.lasts
             or kind != self.kind
@@ -109,7 +109,7 @@ class Plan:
             executor.step(n, grads)
 
     def captured(self) -> list[Any]:
-        """What a CUDA graph that is being made of the step will read."""
+        """The launches that a CUDA graph reads, if one is being made of the step."""
         kernels = [e for e in self.executors if isinstance(e, Kernel)]
         return [launch for kernel in kernels for launch in kernel.captured()]
 
@@ -160,7 +160,7 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _kinds(tensors: Sequence[Tensor]) -> list[Any]:
-    """Dtypes, and strides where they say more than that all are contiguous."""
+    """Dtypes; and strides, unless all tensors are contiguous."""
     dtypes = list(map(attrgetter("dtype"), tensors))
     if all(map(Tensor.is_contiguous, tensors)):
         return dtypes

@@ -20,21 +20,22 @@ CORRECTED_EVERY = 32
 """Steps after which v is rescaled to undo the rounding of b2 to float32."""
 
 FOR_ONE_THREAD, FOR_ALL_THREADS = 2**8, 2**15
-"""Elements of a tensor that are worth waking one more thread for, or any number."""
+"""The least size of a tensor, in elements, at which its one-pass kernel is worth it: so
+many for each further thread that the kernel wakes, and never more than the second."""
 
 
 class Scratch:
-    """Memory for what a step needs besides its arrays; on a CPU one block's, kept.
+    """Memory for the intermediate results of a step. On a CPU one block's is kept.
 
-    Fresh memory comes page by page from the operating system there, which takes longer
-    than the arithmetic done in it. On other devices PyTorch keeps memory by itself.
+    There the operating system hands out fresh memory page by page, which takes longer
+    than the arithmetic. On other devices PyTorch's allocator keeps memory by itself.
     """
 
     def __init__(self) -> None:
         self._kept: dict[Any, Tensor] = {}
 
     def memory(self, like: Tensor, size: int, name: str) -> Tensor:
-        """So many elements of the dtype and device of a tensor."""
+        """``size`` elements, of the dtype and on the device of ``like``."""
         if not like.is_cpu:
             return like.new_empty(size)
         memory = self._kept.get((name, like.dtype))
@@ -44,7 +45,7 @@ class Scratch:
 
 
 class Spare:
-    """Scratch memory as tensors like others, and as the one piece that they lie in."""
+    """Scratch tensors shaped like given ones; ``flat`` is their memory in a row."""
 
     def __init__(self, scratch: Scratch, tensors: Tensors, name: str) -> None:
         sizes = [t.numel() for t in tensors]
@@ -172,7 +173,7 @@ class Lists:
             torch._foreach_mul_(self.vs, _error_of(n.b2) ** CORRECTED_EVERY)
 
     def _move_y(self, old_zs: list[Tensor], n: Numbers) -> None:
-        """y in place, z having moved; ``old_zs`` is overwritten.
+        """Moves y in place, after z has moved. Overwrites ``old_zs``.
 
         y' = y + to_step z' + (to_z - to_step) z - to_z y
         """
@@ -200,7 +201,7 @@ class Lists:
         torch._foreach_add_(ys, ways)
 
     def _shrink(self, n: Numbers) -> None:
-        """z or y gets smaller; x is what the two imply."""
+        """Shrinks z or y by the decay, and sets x to what the two imply."""
         if n.decay_at == "z":
             if self.xs is not None:
                 torch._foreach_add_(self.xs, self.zs, alpha=-n.decay * n.z_in_x)
@@ -212,7 +213,7 @@ class Lists:
             torch._foreach_add_(self.xs, ys, alpha=-n.decay * (1 - n.z_in_x))
 
     def _at(self, n: Numbers) -> Tensors:
-        """y, z or x before the step: what the decay pulls towards zero by."""
+        """The iterate that decays: y, z or x before the step."""
         if n.decay_at == "z":
             return self.zs
         if n.decay_at == "x":
@@ -220,7 +221,7 @@ class Lists:
         return self.ys or self._between(n.z_in_y)
 
     def _between(self, z_in_y: float) -> list[Tensor]:
-        """y of the present x and z."""
+        """y of the present x and z, in scratch memory."""
         assert self.xs is not None
         ys = self._spare("y").tensors
         torch._foreach_copy_(ys, self.xs)
@@ -228,7 +229,7 @@ class Lists:
         return ys
 
     def _spare(self, name: str) -> Spare:
-        """Memory like z for what a step needs besides its arrays."""
+        """Scratch tensors shaped like z."""
         if not self.zs[0].is_cpu:
             return Spare(self.scratch, self.zs, name)
         if name not in self._spares:
@@ -237,7 +238,7 @@ class Lists:
 
 
 def takes(pieces: Sequence[Piece]) -> bool:
-    """Whether lists can move them: real, all state in the dtype of arithmetic."""
+    """Whether lists can move these: real, with all state in the dtype of arithmetic."""
     leaf = pieces[0].leaf
     dtype = arithmetic_dtype(leaf)
     state = [tensor for row, tensor in leaf.items() if row != "param"]
@@ -248,7 +249,7 @@ def one_pass(pieces: Sequence[Piece]) -> bool:
     """Whether PyTorch's one-pass optimizers for CPUs are the better way."""
     leaf = pieces[0].leaf
     threads = max(1, torch.get_num_threads() - 1)
-    # They wake all threads for every tensor, which takes longer than a small one.
+    # Each wakes all threads for every tensor, which takes longer than a small step.
     worth = min(FOR_ONE_THREAD * threads, FOR_ALL_THREADS)
     return (
         leaf["z"].dtype == torch.float32
@@ -261,7 +262,7 @@ def one_pass(pieces: Sequence[Piece]) -> bool:
 def _error_of(b2: float) -> float:
     """b2 over the float32 next to it, which Adam's kernel multiplies v by.
 
-    For b2 = 0.999 they differ by 1.3e-8, and so over the memory of v by 1.3e-5. Too
-    little for v to show in one step, it is enough to be made good every few.
+    For b2 = 0.999 the two differ by 1.3e-8, and v by 1.3e-5 after the 1,000 steps that
+    it remembers. One step's share is below a rounding of v; that of 32 steps is not.
     """
     return b2 / torch.tensor(b2, dtype=torch.float32).item() if b2 else 1.0

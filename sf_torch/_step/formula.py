@@ -69,7 +69,7 @@ def step(leaf: Leaf, grad: Tensor, n: Numbers) -> None:
 def _displacement(
     leaf: Leaf, g: Tensor, y: Tensor, z: Tensor, x: Tensor | None, n: Numbers
 ) -> Tensor:
-    """``lr d + decay p``; moves the moments."""
+    """``lr d + decay p``. Moves the moments in place."""
     direction = g
     if "exp_avg" in leaf:
         m = leaf["exp_avg"].to(g.dtype)
@@ -91,7 +91,7 @@ def _displacement(
 def _shrunk(
     y: Tensor, z: Tensor, x: Tensor | None, n: Numbers
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """z or y made smaller, the other as it is, and x what the two imply."""
+    """Shrinks z or y by the decay, keeps the other, and sets x to what both imply."""
     if n.decay_at == "z":
         if x is not None:
             x = x - n.decay * n.z_in_x * z

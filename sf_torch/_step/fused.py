@@ -71,9 +71,8 @@ def check(group: Mapping[str, Any]) -> None:
 class Kernel:
     """Executor: the launches over some parameters.
 
-    What the launches need of the arrays is put together once: to look at each of
-    thousands of small tensors takes longer than the step. Gradients may lie elsewhere
-    at every step.
+    The tables of addresses are made once: to look at each of thousands of small tensors
+    takes longer than their step. Only the gradients may lie elsewhere at every step.
 
     Args:
       leaves: by the number that each parameter goes by; the kernel takes them all.

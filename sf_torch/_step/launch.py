@@ -48,7 +48,7 @@ class Launch:
             )
 
     def take_up(self, grads: Sequence[int]) -> bool:
-        """Gradients at other addresses; whether it can."""
+        """Takes new addresses of gradients; False if they need another kernel."""
         mine = [grads[i] for i in self.members]
         if self.aligned and any(address % 16 for address in mine):
             return False
@@ -66,7 +66,12 @@ class Launch:
 def launches_over(
     arrays: Sequence[dict[str, Tensor]], grads: Sequence[Tensor] = ()
 ) -> list[Launch]:
-    """Launches over parameters, given by row; and over their gradients, for a step."""
+    """Launches over parameters, each given as its arrays by row name.
+
+    Args:
+      arrays: of each parameter.
+      grads: of each parameter, for a step; none for a switch of modes.
+    """
     batches: dict[Any, list[int]] = {}
     for i, each in enumerate(arrays):
         param = each["param"]
@@ -101,7 +106,7 @@ def launches_over(
 
 
 def _blocks(sizes: Sequence[int]) -> np.ndarray:
-    """For each block which tensor, and where in it the block starts; flat."""
+    """For each block the number of its tensor and where it starts there, in one row."""
     counts = -(-np.array(sizes) // BLOCK)
     which = np.repeat(np.arange(len(sizes)), counts)
     before = np.cumsum(counts) - counts
@@ -119,7 +124,7 @@ def _integers(values: Sequence[int]) -> Tensor:
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host, there, without waiting for it."""
+    """A copy on the device of a tensor of the host, without waiting for the copy."""
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -72,7 +72,7 @@ class Modes:
                 lean.append(_lean(param, state["z"], y))
         for leaves in _lists(fused.switch(lean, b1, False) if fuses else lean):
             ps, zs, ys = (_column(leaves, row) for row in ("param", "z", "y"))
-            # Elsewhere asking takes longer than doing.
+            # On other devices the host would wait for the answer.
             if ps[0].is_cpu and self._are_left(ps, zs, ys, b1):
                 torch._foreach_copy_(ps, ys)
                 continue
@@ -83,7 +83,7 @@ class Modes:
     def _are_left(
         self, ps: list[Tensor], zs: list[Tensor], ys: list[Tensor], b1: float
     ) -> bool:
-        """Whether all parameters are the x of their kept y."""
+        """Whether every parameter is still the x that its kept y and z give."""
         if ps[0].dtype != zs[0].dtype:
             return False
         spare = Spare(self._scratch, ps, "x")
@@ -114,7 +114,7 @@ def _column(leaves: Sequence[Lean], row: str) -> list[Tensor]:
 
 
 def _lists(lean: Sequence[Lean]) -> list[list[Lean]]:
-    """Those that are alike together: on a CPU in blocks that stay in its cache."""
+    """Leaves of one kind together, on a CPU in blocks that stay in its cache."""
     dense: list[Lean] = []
     others: list[Lean] = []
     for leaf in lean:

@@ -90,13 +90,14 @@ class Numbers(NamedTuple):
         )
 
     def as_tensors(self, device: torch.device) -> "Numbers":
-        """The same with tensors for numbers: other values are no other program."""
+        """The same with tensors for numbers: torch.compile then takes other values
+        without compiling anew."""
         values: Any = zip(NAMES, self.as_tensor(device).unbind(), strict=True)
         return self._replace(**dict(values), k=0)
 
     def in_dtype(self, dtype: torch.dtype) -> "Numbers":
-        """The same with its tensors in a dtype: a () tensor in float64 would widen
-        parameters that are () too."""
+        """The same with its tensors in ``dtype``: PyTorch promotes a parameter of shape
+        () to the dtype of a number of shape ()."""
         if not isinstance(self.lr, Tensor):
             return self
         values: Any = {name: getattr(self, name).to(dtype) for name in NAMES}

@@ -50,7 +50,7 @@ def enter_counters(group: Group, draft: Group) -> None:
 
 
 def number(value: Any, keep_tensor: bool) -> Any:
-    """A learning rate or the like as a Python number, but for ``capturable``."""
+    """value as a Python number, or, for ``capturable``, as the tensor that it is."""
     return value if keep_tensor else float(value)
 
 
@@ -159,7 +159,7 @@ def _log2(a: Any) -> Any:
 
 
 def _exp2(a: Any) -> Any:
-    """Of a number that is not far above 0: units grow, unless weights fall."""
+    """2^a, cut off below overflow: a is far above 0 only where weights fall."""
     a = _min(a, 1000.0)
     return torch.exp2(a) if isinstance(a, Tensor) else math.exp2(a)
 
