@@ -150,7 +150,7 @@ def _shrunk(
     params: optax.Params,
     mask: Mask | None,
 ) -> tuple[ScheduleFreeState, optax.Params]:
-    """z or y made smaller, with the other as it is and x what the two imply."""
+    """Shrinks z or y by the decay, keeps the other, and sets x to what both imply."""
     decays = decaying(mask, params)
 
     def smaller(leaf: jax.Array, decay: bool) -> jax.Array:

@@ -65,12 +65,12 @@ def leaves(tree: Any) -> dict[Path, Any]:
 
 
 def pair(mine: Collection[Path], theirs: Collection[Path], plain: bool) -> dict:
-    """For each of my paths the one of theirs that is the same leaf, where there is one.
+    """Maps each of my paths to that of theirs which is the same leaf, if there is one.
 
-    Equal paths are, unless ``plain`` says that one of the trees has lost the kinds of
-    its keys, or some path has no equal. Then names decide, for all leaves alike. A box
-    may have become a dict in one of the trees, so a last "value" may be missing on one
-    side. A leaf excludes others below it, so there is never a choice in that.
+    The same leaf has an equal path. Names are compared instead, for all leaves, where
+    some path has no equal or ``plain`` says that one of the trees has lost the kinds of
+    its keys. A box may have become a dict in one of the trees; a name therefore also
+    matches one that has a further "value" at its end.
 
     Raises:
       ValueError: two leaves of theirs, or of mine, have the name that is looked for.

@@ -1,8 +1,9 @@
-"""Files of ``torch.save`` that lose nothing: refused when written, not when read.
+"""Files of ``torch.save`` that can be read back, or are refused.
 
-``torch.save`` writes what ``torch.load(weights_only=True)`` does not read, and that
-reads what the disk has damaged: the archive holds a CRC-32 of each entry, and nobody
-looks at it.
+``torch.save`` writes values that ``torch.load(weights_only=True)`` refuses to read:
+:func:`write` refuses them first. ``torch.load`` reads entries that the disk has
+damaged, since it does not look at the CRC-32 that the archive holds of each:
+:func:`read` does.
 """
 
 import copy

@@ -21,7 +21,7 @@ SUFFIX = ".part"
 def write_whole(
     path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]
 ) -> None:
-    """Lets the file at path be what ``write`` writes to the file that it is given.
+    """Replaces the file at path by what ``write`` writes into the file that it gets.
 
     The new file is made beside the old one, as ``.NAME.*.part``, and takes its place
     once it is on the disk. What killed processes have left there is removed. The rest

@@ -1,4 +1,4 @@
-"""This package under the name of the one whose interface it has."""
+"""Lets ``import schedulefree`` give this package, whose classes have those names."""
 
 import sys
 from collections.abc import Iterator

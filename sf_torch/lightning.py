@@ -35,7 +35,7 @@ class ScheduleFreeCallback(Callback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Goes first, and lets every step and every save of a fit find its weights."""
+        """Puts itself first. In a fit every step finds y then, and every save x."""
         # Whoever overwrites weights must find x there: y would be taken for it.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]
         _to_x(trainer)
@@ -70,7 +70,7 @@ class ScheduleFreeCallback(Callback):
     def teardown(
         self, trainer: Trainer, pl_module: LightningModule, stage: str
     ) -> None:
-        """Takes it back."""
+        """Undoes what setup did."""
         for name in ("on_train_batch_start", "optimizer_step", "validation_step"):
             trainer.strategy.__dict__.pop(name, None)
         trainer.__dict__.pop("save_checkpoint", None)
@@ -78,7 +78,7 @@ class ScheduleFreeCallback(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """To x, for whoever saves, evaluates or overwrites the module now."""
+        """Switches to x: someone may save, evaluate or overwrite the module now."""
         _to_x(trainer)
         self.teardown(trainer, pl_module, "fit")
 

@@ -202,7 +202,7 @@ class AdamWScheduleFreeAlgoPerf(AdamWScheduleFree):
 
     The averaging weight sees lr_k alone. The entry had r = 0.75, b2 = 0.9955 and a
     warmup of 2% of 0.75 of the step hint. Arguments and errors are those of
-    :class:`AdamWScheduleFree`, but for ``decay_at``, which is "x".
+    :class:`AdamWScheduleFree`, but for ``decay_at``, which is "x" by default.
 
     Examples:
       >>> import torch, sf_torch

@@ -1,6 +1,6 @@
 """Two other forms of every optimizer: Reference and Closure.
 
-Each is a base class to put before an optimizer; neither knows which one it is.
+Each is a base class that stands before the class of an optimizer.
 """
 
 from collections.abc import Callable

@@ -22,7 +22,7 @@ from sf_torch._step.schedule import Group, where
 
 
 class Refined(ScheduleFree):
-    """A base class to put before an optimizer; it does not know which one it is."""
+    """A base class that stands before the class of an optimizer."""
 
     def __init__(self, *args: Any, refined_c: float, **options: Any) -> None:
         super().__init__(*args, **options)

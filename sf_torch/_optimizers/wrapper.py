@@ -154,7 +154,7 @@ class ScheduleFreeWrapper(ScheduleFree):
 
     @contextmanager
     def _warmed_up(self) -> Iterator[None]:
-        """Lets each group's lr be lr_k; its own comes back, come what may."""
+        """Sets each group's lr to lr_k within the block, and restores it at the end."""
         own = [group["lr"] for group in self.param_groups]
         for group in self.param_groups:
             if group["k"] + 1 < self.warmup_steps:
@@ -169,7 +169,10 @@ class ScheduleFreeWrapper(ScheduleFree):
     def _moved_by_base(
         self, loss: Any, closure: Callable[[], Any] | None
     ) -> dict[Tensor, Tensor]:
-        """z' of each parameter: the base takes its step on a copy of z in its place."""
+        """Lets the base step; returns z' of each parameter.
+
+        While the base steps, each parameter holds a copy of its z.
+        """
         moving = [
             (p, group, self._state_of(p, group))
             for group in self.param_groups
@@ -221,7 +224,7 @@ class ScheduleFreeWrapper(ScheduleFree):
         return state
 
     def _decayed_z(self, p: Tensor, group: Group) -> Tensor:
-        """What the base's step begins with, as a new tensor."""
+        """z after the wrapper's own weight decay, as a new tensor."""
         state = self.state[p]
         z = state["z"].to(_dtype_for_base(p, state["z"]), copy=True)
         if not group["weight_decay_at_y"]:
@@ -234,7 +237,7 @@ class ScheduleFreeWrapper(ScheduleFree):
 
     @contextmanager
     def _apart(self) -> Iterator[None]:
-        """Takes what is not the base's out of the state while the base steps.
+        """Takes z, x and y out of the state while the base steps.
 
         Many bases make their state where a parameter has none at all.
         """
@@ -319,12 +322,12 @@ class ScheduleFreeWrapperReference(Reference, ScheduleFreeWrapper):
 
 
 def _held(p: Tensor) -> Tensor:
-    """What the parameter is; :func:`_hold` of another leaves it as it is."""
+    """The parameter's value, which :func:`_hold` of another value leaves unchanged."""
     return p.data if local(p) is p else p.detach().clone()
 
 
 def _hold(p: Tensor, value: Tensor) -> None:
-    """Lets the parameter be value, of whatever dtype, and its gradient with it."""
+    """Puts a value of any dtype into the parameter; its gradient takes that dtype."""
     if local(p) is not p:
         # A distributed tensor is a shell: what counts lies in its local part.
         if p.dtype != value.dtype:

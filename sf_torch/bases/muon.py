@@ -143,7 +143,7 @@ class Muon(torch.optim.Optimizer):
 def _direction(
     grad: Tensor, state: dict[str, Any], options: Mapping[str, Any]
 ) -> tuple[Tensor, float]:
-    """What to step along, and how many times it; moves the moments in ``state``."""
+    """The direction of the step and its factor. Moves the moments in ``state``."""
     mu, b2, eps = (options[name] for name in ("momentum", "row_b2", "eps"))
     if "momentum_buffer" not in state:
         state["momentum_buffer"] = torch.zeros_like(grad)
@@ -173,7 +173,7 @@ def orthogonalise(
     eps: float,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """About U Vᵀ of m = U S Vᵀ: Newton-Schulz brings S near 1, not quite to it."""
+    """Nearly U Vᵀ, where m = U S Vᵀ: Newton-Schulz brings S close to 1, not to 1."""
     a, b, c = coefficients
     x = m.to(dtype or m.dtype)
     tall = x.size(0) > x.size(1)
