@@ -141,7 +141,8 @@ def positive_eps(
     While all gradients are 0, so is v, and 0 / 0 is NaN. And a gradient may be so small
     that its square is 0: over anything less, it would throw z far off.
     """
-    return jnp.maximum(eps, math.sqrt(jnp.finfo(dtype).tiny))
+    least = math.sqrt(jnp.finfo(dtype).tiny)
+    return max(eps, least) if _checks.is_number(eps) else jnp.maximum(eps, least)
 
 
 def abs_squared(g: jax.Array) -> jax.Array:

@@ -90,6 +90,17 @@ def choice(name: str, value: Any, choices: Sequence[str]) -> None:
         )
 
 
+def axis_name(value: Any) -> None:
+    names = (value,) if value is None or isinstance(value, str) else value
+    if not isinstance(names, (tuple, list, set, frozenset)) or not all(
+        isinstance(name, str) or name is value for name in names
+    ):
+        raise TypeError(
+            f"axis_name must be the name of a mesh axis or a tuple of names, got "
+            f"{value!r}. It says which axes of shard_map to sum over."
+        )
+
+
 def floating_dtype(name: str, value: Any) -> None:
     if value is not None and not jnp.issubdtype(value, jnp.inexact):
         raise ValueError(

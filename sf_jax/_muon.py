@@ -25,11 +25,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sf_jax import _averaging, _checks
+from sf_jax import _averaging, _checks, _meshes
 from sf_jax._adamw import positive_eps
 from sf_jax._decay import is_function
 from sf_jax._moments import with_moment_dtype
-from sf_jax._normuon import normuon
+from sf_jax._normuon import matrices, normuon
 from sf_jax._schedule_free import schedule_free
 
 
@@ -107,6 +107,7 @@ def schedule_free_muon(
     ns_steps: int | None = None,
     adaptive: bool = False,
     preconditioning: str | None = None,
+    per_device: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Schedule-Free Muon, over ``optax.contrib.muon``.
 
@@ -156,12 +157,17 @@ def schedule_free_muon(
       adaptive: whether steps are scaled by the dual norm of the gradient.
       preconditioning: how the momentum is scaled before Newton-Schulz, a name that
         ``optax.contrib.muon`` knows; None for its own choice.
+      per_device: whether, inside ``shard_map`` or ``pmap``, each device holds whole
+        matrices (replicas, experts, one model a device). A part of a matrix must not
+        be orthogonalised by itself, and is refused there without it. Under ``jit`` it
+        changes nothing: there matrices may be sharded as you like.
 
     Returns:
       An optax transformation whose state is a ``ScheduleFreeState``.
 
     Raises:
-      ValueError: an argument out of its range.
+      ValueError: an argument out of its range; in ``update`` matrices that are, or may
+        be, parts of sharded ones, without ``per_device``.
       TypeError: ``warmup_steps`` that is not a whole number.
 
     Examples:
@@ -223,6 +229,12 @@ def schedule_free_muon(
         )
     else:
         muon = normuon(lr, row_b2, momentum, b2, least, weight_decay, **options)
+    muon = _meshes.whole(
+        muon,
+        per_device,
+        lambda params: matrices(numbers, params),
+        "Muon would orthogonalise each part of a sharded matrix by itself",
+    )
     return schedule_free(
         with_moment_dtype(muon, moment_dtype),
         lr,

@@ -25,12 +25,15 @@ import optax
 
 from sf_jax._adamw import root
 from sf_jax._decay import is_function
+from sf_jax._paths import unboxed
 
 
 class RowState(NamedTuple):
     """The second moments of NorMuon."""
 
-    v: optax.Params  # like params, of size 1 along what enters an output neuron
+    # like params, of size 1 along what enters an output neuron; without the boxes of
+    # Flax, whose names of axes are those of the whole parameter
+    v: optax.Params
 
 
 def normuon(
@@ -38,7 +41,7 @@ def normuon(
     row_b2: float,
     momentum: float,
     b2: float,
-    eps: jax.Array,
+    eps: jax.typing.ArrayLike,
     weight_decay: float,
     *,
     consistent_rms: float = 0.2,
@@ -78,7 +81,10 @@ def normuon(
 
 
 def _normalise_rows(
-    b2: float, eps: jax.Array, rms: float, dimensions: Callable[[optax.Params], Any]
+    b2: float,
+    eps: jax.typing.ArrayLike,
+    rms: float,
+    dimensions: Callable[[optax.Params], Any],
 ) -> optax.GradientTransformation:
     """P̂, of this root mean square. A leaf's other axes count separate matrices."""
 
@@ -88,7 +94,7 @@ def _normalise_rows(
             shape = (1 if a in inputs else size for a, size in enumerate(p.shape))
             return jnp.zeros(tuple(shape), p.dtype)
 
-        return RowState(jax.tree.map(zeros, params, dimensions(params)))
+        return RowState(unboxed(jax.tree.map(zeros, params, dimensions(params))))
 
     def update(
         updates: optax.Updates, state: RowState, params: optax.Params | None = None
@@ -108,10 +114,23 @@ def _normalise_rows(
             return rms * sqrt(size) * p / jnp.maximum(norm, eps)
 
         numbers = dimensions(updates)
-        v = jax.tree.map(second_moment, updates, state.v, numbers)
-        return jax.tree.map(normalise, updates, v, numbers), RowState(v)
+        boxes, bare = jax.tree.structure(updates), jax.tree.structure(state.v)
+        v = jax.tree.unflatten(boxes, jax.tree.leaves(state.v))
+        v = jax.tree.map(second_moment, updates, v, numbers)
+        bare_v = jax.tree.unflatten(bare, jax.tree.leaves(v))
+        return jax.tree.map(normalise, updates, v, numbers), RowState(bare_v)
 
     return optax.GradientTransformation(init, update)
+
+
+def matrices(given: Any, params: optax.Params) -> list[jax.Array]:
+    """The leaves of params that Muon orthogonalises."""
+    numbers = jax.tree.leaves(_dimension_numbers(given, params), is_leaf=_is_numbers)
+    return [
+        leaf
+        for leaf, number in zip(jax.tree.leaves(params), numbers, strict=True)
+        if number is not None
+    ]
 
 
 def _dimension_numbers(given: Any, params: optax.Params) -> Any:

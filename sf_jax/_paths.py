@@ -64,6 +64,16 @@ def leaves(tree: Any) -> dict[Path, Any]:
     return dict(zip(paths(tree), jax.tree.leaves(tree), strict=True))
 
 
+def unboxed(tree: Any) -> Any:
+    """The tree with what a box holds in place of each box."""
+
+    def content(node: Any) -> Any:
+        inside = jax.tree.leaves(node, is_leaf=lambda n: n is not node)
+        return inside[0] if _is_box(node) else node
+
+    return jax.tree.map(content, tree, is_leaf=_is_box)
+
+
 def pair(mine: Collection[Path], theirs: Collection[Path], plain: bool) -> dict:
     """Maps each of my paths to that of theirs which is the same leaf, if there is one.
 

@@ -1,7 +1,7 @@
 r"""ScheduleFree+: no schedule and no learning rate to tune; the loss sets the step.
 
 With the loss :math:`f` at y, and sums over all parameters (and all devices that
-share them),
+hold parts of them),
 
 .. math::
 
@@ -10,8 +10,9 @@ share them),
     \hat e = e / (1 - p^{k+1}) \\
     lr_k &= \max(lr, \epsilon) \, \max(0, f + I) / \hat e
 
-The base step is AdamW's with momentum, whose decay is scaled by :math:`lr_k` twice
-(AdamC), the average begins after ``c_warmup`` steps, and β may grow:
+and :math:`lr_k = 0` where the loss is not finite. The base step is AdamW's with
+momentum, whose decay is scaled by :math:`lr_k` twice (AdamC), the average begins after
+``c_warmup`` steps, and β may grow:
 
 .. math::
 
@@ -25,14 +26,14 @@ References:
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from sf_jax import _averaging, _checks, _double
+from sf_jax import _averaging, _checks, _double, _meshes
 from sf_jax._adamw import adamw_base
 from sf_jax._averaging import one_minus_power
 from sf_jax._decay import Mask
@@ -59,8 +60,11 @@ def polyak_step_size(
     eps: jax.typing.ArrayLike,
     polyak_beta: jax.typing.ArrayLike,
     upstream_compatible: bool,
+    axis_name: str | Sequence[str] | None = None,
 ) -> StepSize:
     scheduled = _averaging.scheduled(learning_rate)
+    axes = {axis_name} if isinstance(axis_name, str) else set(axis_name or ())
+    is_checked = axis_name is None or bool(axes)
 
     def update(
         state: PolyakState,
@@ -76,14 +80,20 @@ def polyak_step_size(
                 "value=loss), with loss from jax.value_and_grad. Under other "
                 "transformations use optax.chain, which hands value on."
             )
-        norm = math.sqrt(math.pi / 2) * _total(jax.tree.map(_sum_abs, grads))
+        loss = jnp.asarray(loss, scalar_dtype())
+        if is_checked:
+            _check_axes(axes, loss, grads, iterates)
+        if spread := _meshes.varying(loss) & axes:
+            loss = jax.lax.pmean(loss, tuple(spread))
+        norm = math.sqrt(math.pi / 2) * _total(jax.tree.map(_sum_abs, grads), axes)
         # Rounded to float32, polyak_beta and 1 - polyak_beta would not add up to 1.
         mean = state.grad_l1 + (1 - polyak_beta) * (norm - state.grad_l1)
         corrected = mean / one_minus_power(polyak_beta, count)
         beta = sf_beta1(count) if callable(sf_beta1) else sf_beta1
-        gap = jnp.asarray(loss, scalar_dtype()) - beta * _inner(grads, iterates)
-        # Without a gradient there is no direction either, and any step will do.
-        some = corrected > 0
+        gap = loss - beta * _inner(grads, iterates, axes)
+        # Without a gradient there is no direction either, and any step will do. After a
+        # loss that is not finite there is no step.
+        some = (corrected > 0) & jnp.isfinite(gap)
         ratio = jnp.where(
             some, jnp.maximum(gap, 0) / jnp.where(some, corrected, 1), 0.0
         )
@@ -132,6 +142,7 @@ def schedule_free_plus(
     store_x: bool = False,
     moment_dtype: jax.typing.DTypeLike | None = None,
     upstream_compatible: bool = False,
+    axis_name: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""ScheduleFree+, AdamC with a Polyak step size, for large runs.
 
@@ -144,7 +155,10 @@ def schedule_free_plus(
         y' &= (1 - \beta_k) z' + \beta_k x'
 
     with f the loss, and ê the size of the gradient (see the module). The sums run over
-    the whole tree; under ``jit`` over all devices of sharded arrays too.
+    the whole tree; under ``jit`` over all devices of sharded arrays too, in
+    ``shard_map`` over the axes in ``axis_name``. f is the mean loss of the whole batch,
+    to which the gradients belong: with a loss of its own each replica would take a step
+    of its own. A loss that is not finite gives a step of size 0.
 
     Args:
       learning_rate: a factor on the step size, 1 unless you know better; a float, an
@@ -173,14 +187,23 @@ def schedule_free_plus(
       upstream_compatible: follow the published code also where it corrects its mean
         of the gradients' size for bias again and again, so that with
         ``polyak_beta > 0`` the step size vanishes.
+      axis_name: the mesh axes of ``shard_map`` along which devices hold other parts of
+        the parameters, or other losses: one name or several. Sums run over the parts,
+        what is the same along an axis counts once, and the mean of the losses is
+        taken. None for none; that is checked. Which values differ is known only with
+        ``check_vma=True``. Without it, and in ``pmap``, only ``axis_name=()`` works,
+        which checks nothing: each device must hold all parameters and be given the
+        mean, ``value=jax.lax.pmean(loss, axis)``.
 
     Returns:
       An optax transformation whose state is a ``ScheduleFreeState``. Its ``update``
       needs the loss too: ``update(grads, state, params, value=loss)``.
 
     Raises:
-      ValueError: an argument out of its range; in ``update`` a missing ``value``.
-      TypeError: a number of steps that is not a whole number.
+      ValueError: an argument out of its range; in ``update`` a missing ``value``, or
+        parts of parameters, gradients or losses along axes not in ``axis_name``.
+      TypeError: a number of steps that is not a whole number, or an ``axis_name`` that
+        is no name.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, sf_jax
@@ -207,6 +230,7 @@ def schedule_free_plus(
     _checks.steps("c_warmup", c_warmup)
     _checks.steps("sf_beta1_anneal_steps", sf_beta1_anneal_steps)
     _checks.floating_dtype("moment_dtype", moment_dtype)
+    _checks.axis_name(axis_name)
     beta: Any = sf_beta1
     if not _checks.is_off(sf_beta1_anneal_steps):
         # Both below 1: an average that is all of y could never be left again.
@@ -216,7 +240,9 @@ def schedule_free_plus(
         store_x = store_x or may_be_zero(sf_beta1) or may_be_zero(sf_beta1_max)
     return rule(
         adamw_base(b2, eps, b1, weight_decay, "y", mask, moment_dtype, variant="adamc"),
-        polyak_step_size(learning_rate, beta, eps, polyak_beta, upstream_compatible),
+        polyak_step_size(
+            learning_rate, beta, eps, polyak_beta, upstream_compatible, axis_name
+        ),
         _averaging.mean_after(c_warmup, _averaging.polynomial_mean(r, weight_lr_power)),
         beta,
         state_dtype=state_dtype,
@@ -224,7 +250,38 @@ def schedule_free_plus(
     )
 
 
-def _inner(grads: optax.Updates, iterates: Iterates) -> jax.Array:
+def _check_axes(
+    axes: Set[str], loss: jax.Array, grads: optax.Updates, iterates: Iterates
+) -> None:
+    """Refuses what is spread over devices, unless its axes are said and known."""
+    if _meshes.is_unknown():
+        raise ValueError(
+            "schedule_free_plus is in pmap, or in shard_map with check_vma=False: "
+            "nothing says which parameters and losses differ between devices. Leave "
+            "check_vma at True; or, where each device holds all parameters, build the "
+            "optimizer with axis_name=() and pass value=jax.lax.pmean(loss, axis)."
+        )
+    if unknown := axes - set(_meshes.manual_axes()):
+        raise ValueError(
+            f"axis_name holds {sorted(unknown)}, which no shard_map maps here. Call "
+            "update inside of it; under jit alone leave axis_name out."
+        )
+    for g, z in zip(jax.tree.leaves(grads), jax.tree.leaves(iterates.z), strict=True):
+        if local := _meshes.varying(g) - _meshes.varying(z):
+            raise ValueError(
+                f"gradients differ along the mesh axes {sorted(local)}, and parameters "
+                "do not. Pass their mean, jax.lax.pmean(grads, axis)."
+            )
+    spread = _meshes.varying(loss).union(*map(_meshes.varying, jax.tree.leaves(grads)))
+    if more := spread - axes:
+        raise ValueError(
+            "the gradients or the loss of schedule_free_plus differ along the mesh "
+            f"axes {sorted(more)}, which are not in axis_name. Put them there, for "
+            "sums over all parts and the mean of the losses."
+        )
+
+
+def _inner(grads: optax.Updates, iterates: Iterates, axes: Set[str]) -> jax.Array:
     """``Σ g·(x - z)``, with ``(y - z) / β`` for ``x - z`` where x is not stored.
 
     Neither z - x nor z - y: those move x and y later on, and XLA would keep them from
@@ -239,7 +296,7 @@ def _inner(grads: optax.Updates, iterates: Iterates) -> jax.Array:
         return total / iterates.b1 if lean else total
 
     return _total(
-        jax.tree.map(of_leaf, grads, iterates.y, iterates.z, iterates.stored_x)
+        jax.tree.map(of_leaf, grads, iterates.y, iterates.z, iterates.stored_x), axes
     )
 
 
@@ -251,7 +308,16 @@ def _sum(leaf: jax.Array) -> jax.Array:
     return jnp.sum(leaf, dtype=scalar_dtype())
 
 
-def _total(sums: optax.Updates) -> jax.Array:
-    """Of a tree of numbers; 0 of an empty one."""
+def _total(sums: optax.Updates, axes: Set[str]) -> jax.Array:
+    """Of a tree of numbers, one a leaf or its parts along these axes; 0 if empty."""
+    # One sum for all leaves that are spread alike: each is a talk between devices.
+    totals: dict[frozenset[str], jax.Array] = {}
     zero = jnp.zeros((), scalar_dtype())
-    return functools.reduce(jnp.add, jax.tree.leaves(sums), zero)
+    for one in jax.tree.leaves(sums):
+        spread = _meshes.varying(one) & axes
+        totals[spread] = totals.get(spread, zero) + one
+    return functools.reduce(
+        jnp.add,
+        (jax.lax.psum(t, tuple(axes)) if axes else t for axes, t in totals.items()),
+        zero,
+    )

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sf_jax import _averaging, _checks
+from sf_jax import _averaging, _checks, _meshes
 from sf_jax._adamw import positive_eps
 from sf_jax._moments import with_moment_dtype
 from sf_jax._schedule_free import schedule_free
@@ -39,6 +39,7 @@ def schedule_free_prodigy(
     average: _averaging.Average | None = None,
     store_x: bool = False,
     moment_dtype: jax.typing.DTypeLike | None = None,
+    per_device: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Schedule-Free Prodigy, over ``optax.contrib.prodigy``.
 
@@ -68,12 +69,17 @@ def schedule_free_prodigy(
       moment_dtype: dtype of the first and second moment; None for that of each
         parameter, at least float32, whatever ``state_dtype`` is. In bfloat16 a slow
         mean stands still: what a step adds is rounded away.
+      per_device: whether, inside ``shard_map`` or ``pmap``, each device holds all
+        parameters (replicas, one model a device). Sums over a part of them give no d,
+        and are refused there without it. Under ``jit`` it changes nothing: there
+        parameters may be sharded as you like.
 
     Returns:
       An optax transformation whose state is a ``ScheduleFreeState``.
 
     Raises:
-      ValueError: an argument out of its range.
+      ValueError: an argument out of its range; in ``update`` parameters that are, or
+        may be, parts of sharded ones, without ``per_device``.
       TypeError: ``warmup_steps`` that is not a whole number.
 
     Examples:
@@ -108,8 +114,14 @@ def schedule_free_prodigy(
         estim_lr_coef=estim_lr_coef,
         weight_decay=weight_decay,
     )
+    prodigy = _meshes.whole(
+        _from_the_first_gradient(prodigy),
+        per_device,
+        jax.tree.leaves,
+        "Prodigy would sum over each device's part of the parameters by itself",
+    )
     return schedule_free(
-        with_moment_dtype(_from_the_first_gradient(prodigy), moment_dtype),
+        with_moment_dtype(prodigy, moment_dtype),
         lambda count: step_size(count).hi,
         b1,
         weight_lr_power,

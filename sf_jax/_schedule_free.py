@@ -41,7 +41,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sf_jax import _averaging, _checks, _double
+from sf_jax import _averaging, _checks, _double, _meshes
 from sf_jax._averaging import Average, Mean, Weights
 from sf_jax._double import Double, double, scalar_dtype
 
@@ -387,6 +387,7 @@ def schedule_free(
     _checks.choice("decay_at", decay_at, SEQUENCES)
     _averaging.check_average(average, r, weight_lr_power)
     transformation = optax.with_extra_args_support(base_optimizer)
+    base_update = _meshes.auto(transformation.update)
 
     def init(z: optax.Params) -> optax.OptState:
         # Copied, because some optimizers keep their initial params or an injected
@@ -402,7 +403,7 @@ def schedule_free(
         extra_args: dict[str, Any],
     ) -> tuple[optax.Updates, optax.OptState]:
         params = _widened(iterates.at(decay_at))
-        return transformation.update(grads, state, params, **extra_args)
+        return base_update(grads, state, params, **extra_args)
 
     return rule(
         Base(init, update, lr_scale),
@@ -506,13 +507,25 @@ def _placed_like(z: optax.Params, state: optax.OptState) -> optax.OptState:
             if (
                 isinstance(param, jax.core.Tracer)
                 and param.ndim
-                and param.shape == jnp.shape(leaf)
+                and _covers(param.shape, jnp.shape(leaf))
             ):
                 nothing = jax.lax.optimization_barrier(jnp.abs(param)) < 0
+                # Means of rows have size 1 where the leaf has more.
+                summed = tuple(
+                    axis for axis, size in enumerate(leaf.shape) if size == 1
+                )
+                nothing = jnp.any(nothing, axis=summed, keepdims=True)
                 return leaf + nothing.astype(leaf.dtype)
         return leaf
 
     return jax.tree.map_with_path(place, state)
+
+
+def _covers(shape: tuple[int, ...], part: tuple[int, ...]) -> bool:
+    """Whether part is shape, or shape with some sizes replaced by 1."""
+    return len(shape) == len(part) and all(
+        p in (1, size) for size, p in zip(shape, part, strict=True)
+    )
 
 
 def _is_master(z: jax.Array, param: jax.Array) -> bool:

@@ -9,7 +9,7 @@ References:
 """
 
 from collections.abc import Callable
-from math import pi, sqrt
+from math import isfinite, pi, sqrt
 
 import numpy as np
 
@@ -66,7 +66,8 @@ class PolyakStep:
         e &= p e + (1 - p) \sqrt{\pi/2} \sum |g|, \quad \hat e = e / (1 - p^{k+1}) \\
         lr_k &= \max(lr, \epsilon) \max(0, f + I) / \hat e
 
-    The sums are over the leaves of all groups. lr_k is 0 where every gradient is 0.
+    The sums are over the leaves of all groups. lr_k is 0 where every gradient is 0,
+    and where the loss is not finite.
 
     Args:
       polyak_beta: p.
@@ -99,4 +100,6 @@ class PolyakStep:
         assert now.value is not None
         gap = now.value + self.b1(now.k) * now.total(inner)
         lr = max(self.lr(now.k), self.eps)
-        return lr * max(0.0, gap) / corrected if corrected else 0.0
+        if not corrected or not isfinite(gap):
+            return 0.0
+        return lr * max(0.0, gap) / corrected

@@ -48,6 +48,7 @@ class Case:
     recorded: str = ""  # a file of golden/ with the initial weights and gradients
     # leaf -> the steps at which it has no gradient
     missing: Mapping[str, frozenset[int]] | None = None
+    losses: Mapping[int, float] | None = None  # step -> a loss that the step gets
     is_complex: bool = False
     thorough: bool = False  # whether the costly voices run it too
     # package -> its limit against the reference, where the table's does not hold
@@ -78,7 +79,9 @@ class Case:
             return Recorded(self.recorded, steps)
         if self.gradients == "network":
             return Network(self.dtype, steps)
-        return Stream(self.tree, self.dtype, steps, self.is_complex, self.missing)
+        return Stream(
+            self.tree, self.dtype, steps, self.is_complex, self.missing, self.losses
+        )
 
     @property
     def steps(self) -> int:

@@ -54,6 +54,7 @@ class Stream:
 
     Args:
       missing: by leaf, the steps at which it has no gradient.
+      losses: by step, the loss where it is not a number from 1 to 2.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Stream:
         steps: int,
         is_complex: bool = False,
         missing: Mapping[str, frozenset[int]] | None = None,
+        losses: Mapping[int, float] | None = None,
     ) -> None:
         grads = {}
         for i, (name, shape) in enumerate(tree.items()):
@@ -72,6 +74,8 @@ class Stream:
             grads[name] = 10.0 ** -(i % 3) * (0.2 * drift + noise)
             grads[name][7:8] = 0
         value = 1 + np.random.default_rng(4).uniform(size=steps)
+        for k, loss in (losses or {}).items():
+            value[k : k + 1] = loss
         self.data: dict[str, Any] = {
             "grads": {name: rounded(g, dtype) for name, g in grads.items()},
             "value": rounded(value, "float64" if dtype == "float64" else "float32"),

@@ -6,8 +6,9 @@ With the loss f at y, and sums over the parameters of all groups,
     e    = p e + (1 - p) sqrt(π/2) Σ|g|,   ê = e / (1 - p^(k+1))
     lr_k = max(lr, eps) · max(0, f + I) / ê
 
-The base step is AdamW's with momentum, whose decay is scaled by lr_k twice (AdamC),
-the average begins after ``c_warmup`` steps, and β may grow:
+and lr_k = 0 where the loss is not finite. The base step is AdamW's with momentum, whose
+decay is scaled by lr_k twice (AdamC), the average begins after ``c_warmup`` steps, and
+β may grow:
 
     1 - β_k = (1 - β_0)^(1-s) (1 - β_max)^s,   s = min(1, k / anneal_steps)
 
@@ -197,7 +198,9 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
             draft["grad_l1_ema"] = kept
             lr = max(float(draft["lr"]), draft["eps"])
             # Without a gradient there is no direction either, and any step will do.
-            draft["scheduled_lr"] = lr * max(0.0, gap) / corrected if corrected else 0.0
+            # After a loss that is not finite there is no step.
+            moves = corrected and math.isfinite(gap)
+            draft["scheduled_lr"] = lr * max(0.0, gap) / corrected if moves else 0.0
             logged = {"function_value_ema": gap, "ip_term": inner}
             draft.update(logged, grad_l1_ema_corr=corrected)
 

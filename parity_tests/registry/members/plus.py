@@ -1,6 +1,7 @@
 """ScheduleFree+: AdamC with a Polyak step, and β that may grow."""
 
 import dataclasses
+from math import inf, nan
 from typing import Any
 
 import sf_jax
@@ -110,6 +111,7 @@ CASES = cases(
     ("decay", {"weight_decay": 1.0, "lr": 0.5}, {}),
     ("growing", _GROWING, {}),
     ("polyak_beta", {"polyak_beta": 0.9}, {}),
+    ("lost_loss", {"polyak_beta": 0.9}, {"losses": {3: nan, 5: inf, 9: -inf}}),
     ("upstream", {"polyak_beta": 0.9, "upstream_compatible": True}, {}),
     ("bfloat16", {**_GROWING, **DECAY, "lr": 0.1}, BFLOAT16),
     ("float64", {**_GROWING, **DECAY}, FLOAT64),
