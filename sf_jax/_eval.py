@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from sf_jax import _paths
+from sf_jax import _memory, _paths
 from sf_jax._paths import ROOT, Path, show
 from sf_jax._schedule_free import (
     ScheduleFreeState,
@@ -206,8 +206,9 @@ def check_params(state: Any, params: Any = None) -> None:
             continue
         known += 1
         wide = leaf_dtype(leaf.z)
-        x, z, y = (jnp.asarray(a, wide) for a in (leaf.x, leaf.z, param))
-        expected = recover_y(x, z, leaf.b1)
+        x, z, y, b1 = map(_memory.on_device, (leaf.x, leaf.z, param, leaf.b1))
+        x, z, y = (jnp.asarray(a, wide) for a in (x, z, y))
+        expected = recover_y(x, z, b1)
         distance = float(jnp.max(jnp.abs(y - expected.astype(jnp.result_type(param)))))
         size = max(float(jnp.max(jnp.abs(a))) for a in (x, z, y))
         # Under optax.flatten the vector is as exact as its narrowest part.
@@ -405,10 +406,14 @@ def _stored_x(found: Sequence[_Found]) -> Any:
 
 
 def _map_owned(fn: Any, found: Sequence[_Found], params: Any) -> Any:
+    def computed(leaf: _Owned | None, param: Any) -> Any:
+        if leaf is None:
+            return own(param)
+        inside = jax.tree.map(_memory.on_device, (leaf, param))
+        return _memory.beside(fn(*inside), param)
+
     leaves, rebuild = _match(found, params)
-    return rebuild(
-        [own(param) if leaf is None else fn(leaf, param) for _, leaf, param in leaves]
-    )
+    return rebuild([computed(leaf, param) for _, leaf, param in leaves])
 
 
 _Match = tuple[Path, _Owned | None, Any]

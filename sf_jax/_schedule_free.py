@@ -41,7 +41,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sf_jax import _averaging, _checks, _double, _meshes
+from sf_jax import _averaging, _checks, _double, _memory, _meshes
 from sf_jax._averaging import Average, Mean, Weights
 from sf_jax._double import Double, double, scalar_dtype
 
@@ -173,7 +173,7 @@ def rule(
             lr_max=zero.copy(),
             z=z,
             x=x,
-            base_state=_placed_like(z, base.init(_widened(z))),
+            base_state=_placed_like(z, base.init(_widened(_on_device(z)))),
             step_size_state=step_size.init(z),
         )
 
@@ -491,8 +491,12 @@ def _widened(tree: optax.Params) -> optax.Params:
     return jax.tree.map(widen, tree)
 
 
+def _on_device(tree: optax.Params) -> optax.Params:
+    return jax.tree.map(_memory.on_device, tree)
+
+
 def _placed_like(z: optax.Params, state: optax.OptState) -> optax.OptState:
-    """Under jit: the moments of a leaf lie on the devices where the leaf lies.
+    """Under jit: the moments of a leaf lie where the leaf lies.
 
     Zeros depend on nothing, so the compiler would give every device all of them.
     Here they depend on the leaf in a way that the compiler cannot see through.
@@ -505,20 +509,24 @@ def _placed_like(z: optax.Params, state: optax.OptState) -> optax.OptState:
         for start in range(len(path) + 1):
             param = by_path.get(path[start:])
             if (
-                isinstance(param, jax.core.Tracer)
+                param is not None
                 and param.ndim
                 and _covers(param.shape, jnp.shape(leaf))
             ):
-                nothing = jax.lax.optimization_barrier(jnp.abs(param)) < 0
-                # Means of rows have size 1 where the leaf has more.
-                summed = tuple(
-                    axis for axis, size in enumerate(leaf.shape) if size == 1
-                )
-                nothing = jnp.any(nothing, axis=summed, keepdims=True)
-                return leaf + nothing.astype(leaf.dtype)
+                if isinstance(param, jax.core.Tracer):
+                    leaf = leaf + _nothing(param, leaf)
+                return _memory.beside(leaf, param)
         return leaf
 
     return jax.tree.map_with_path(place, state)
+
+
+def _nothing(param: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Zeros like leaf that depend on param."""
+    nothing = jax.lax.optimization_barrier(jnp.abs(_memory.on_device(param))) < 0
+    # Means of rows have size 1 where the leaf has more.
+    summed = tuple(axis for axis, size in enumerate(leaf.shape) if size == 1)
+    return jnp.any(nothing, axis=summed, keepdims=True).astype(leaf.dtype)
 
 
 def _covers(shape: tuple[int, ...], part: tuple[int, ...]) -> bool:
