@@ -10,7 +10,14 @@ GPU_STAMP := $(GPU_VENV)/.installed
 PYTEST  = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 WORKERS ?= 2
 
-.PHONY: demo test test-slow tpu gpu gpu-slow gpu-day lint format parity bench clean help
+# The contract of both packages, where the rest would mostly test other versions' numbers.
+CONTRACT = tests/jax/test_jax_contract.py tests/jax/test_jax_eval.py \
+  tests/jax/test_jax_torch_checkpoint.py tests/integrations/test_flax.py \
+  tests/torch/test_torch_contract.py tests/torch/test_record.py \
+  parity_tests/test_replay.py
+
+.PHONY: demo test test-slow oldest newest tpu gpu gpu-slow gpu-day lint format parity \
+  bench docs package clean help
 .DEFAULT_GOAL := help
 
 $(STAMP): pyproject.toml constraints.txt
@@ -44,6 +51,22 @@ gpu: $(GPU_STAMP)  ## compile every step for NVIDIA's GPUs, on this machine
 gpu-slow: $(GPU_STAMP)  ## the rest of these: GPT-2's leaves on each GPU, in each form
 	$(GPU_VENV)/bin/python -m pytest -m 'gpu and slow' tests/jax/test_gpu_compile.py
 
+oldest:  ## the contract tests on the lowest versions that pyproject.toml names
+	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python .ci/lowest.py >.venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet \
+	  --constraint .venv-oldest/constraints.txt --editable '.[flax,parity]' \
+	  hypothesis scikit-learn 'pytest<9.2'
+	.venv-oldest/bin/python -m pytest -p no:cacheprovider $(CONTRACT)
+
+newest:  ## the contract tests on the newest versions that there are (torch: as pinned)
+	@test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	grep '^torch==' constraints.txt >.venv-newest/constraints.txt
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
+	  --constraint .venv-newest/constraints.txt --editable '.[flax,parity]' \
+	  hypothesis scikit-learn 'pytest<9.2'
+	.venv-newest/bin/python -m pytest -p no:cacheprovider $(CONTRACT)
+
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -65,7 +88,7 @@ gpu-day:  ## all that a GPU is needed for, on a machine that has one
 	$(PYTHON) -m benchmarks gpu-day $(GPU_DAY)
 
 clean:  ## remove .venv, out/ and caches
-	rm -rf $(VENV) $(GPU_VENV) out build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(GPU_VENV) .venv-oldest .venv-newest .venv-docs out build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## this list

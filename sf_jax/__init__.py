@@ -4,6 +4,7 @@ References:
   Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
 """
 
+from sf_jax import _requirements
 from sf_jax._adamw import schedule_free_adamw
 from sf_jax._averaging import exponential_average, refined_average
 from sf_jax._eval import check_params, eval_params, train_params
@@ -15,7 +16,7 @@ from sf_jax._radam import schedule_free_radam
 from sf_jax._schedule_free import ScheduleFreeState, schedule_free
 from sf_jax._sgd import schedule_free_sgd
 
-__version__ = "0.1.0"
+__version__ = _requirements.version()
 
 __all__ = [
     "ScheduleFreeState",

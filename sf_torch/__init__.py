@@ -4,6 +4,7 @@ References:
   Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
 """
 
+from sf_torch import _requirements
 from sf_torch._follow import follow
 from sf_torch._optimizers.adamw import (
     AdamWScheduleFree,
@@ -43,7 +44,7 @@ from sf_torch.batchnorm import update_bn
 from sf_torch.checkpoint import load_checkpoint, save_checkpoint
 from sf_torch.distributed import check_modes
 
-__version__ = "0.1.0"
+__version__ = _requirements.version()
 
 __all__ = [
     "AdamCScheduleFreePlus",

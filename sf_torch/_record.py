@@ -414,6 +414,7 @@ def _safetensors() -> Any:
         import safetensors.torch
     except ImportError as error:
         raise ImportError(
-            "recording needs safetensors: pip install 'schedulefree-jax[record]'."
+            "recording needs safetensors, which is not installed: pip install "
+            "safetensors, or this package with its extra [record]."
         ) from error
     return safetensors.torch

@@ -18,7 +18,6 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from parity_tests.cli import report
 from parity_tests.cli.table import WIDTH, table
 from parity_tests.compare.harness import Outcome, Pair, check, comparisons
 from parity_tests.registry import CASES
@@ -69,6 +68,10 @@ def _steps(text: str) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.report:
+        # Here, since only the report needs jinja2 and matplotlib, and before the run,
+        # so that an absent one is known at once.
+        from parity_tests.cli import report
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
@@ -160,7 +163,15 @@ def outcomes_of(
             ]
             for case in cases
         }
-        for case in track(cases, "cases", console=console, transient=True):
+        # A bar in a log would stand between the lines that are printed.
+        shown = track(
+            cases,
+            "cases",
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        for case in shown:
             there = [pair for pair in pairs[case] if not _in_jax(pair)]
             for pair in there:
                 yield check(case, *pair, steps, *map(place, pair))

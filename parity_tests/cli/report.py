@@ -43,7 +43,7 @@ def write(
         "seconds": round(seconds, 1),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
-        **{name: metadata.version(name) for name in _PACKAGES},
+        **{name: _version(name) for name in _PACKAGES},
     }
     summary = {
         **facts,
@@ -78,6 +78,13 @@ def write(
     path = folder / "index.html"
     path.write_text(page)
     return path
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def worst_by_package(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], Outcome]:

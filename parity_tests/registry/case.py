@@ -1,6 +1,7 @@
 """One case of the registry, and what whole packages can't run."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -115,12 +116,19 @@ class Case:
         own = {"sf_jax": "jax", "sf_torch": "torch"}.get(package, package)
         if getattr(self.optimizer, own) is None:
             return f"has no {self.optimizer.name}"
+        for needs in (self.optimizer.needs, NEEDS):
+            needed = needs.get(package)
+            if needed and importlib.util.find_spec(needed) is None:
+                return f"needs {needed}, which is not installed"
         for lacks in (self.optimizer.lacks, LACKS):
             for feature, why in lacks.get(package, {}).items():
                 if feature in self.features:
                     return why
         return None
 
+
+# package -> what must be installed for it. sf_jax and sf_torch are always there.
+NEEDS: dict[str, str] = {"meta": "schedulefree"}
 
 # package -> feature of a case -> why the package can't run it with any optimizer.
 LACKS: dict[str, dict[str, str]] = {

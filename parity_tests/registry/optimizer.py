@@ -1,6 +1,7 @@
 """What the registry knows of an optimizer, and what its members' modules share."""
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,6 +31,8 @@ class Optimizer:
     options: Callable[..., Any] = Options  # the class of its options
     torch_forms: tuple[str, ...] = ("", "Reference", "Closure")
     fuses: bool = True  # whether sf_torch has a fused kernel for it
+    # package -> what must be installed for this optimizer besides the package itself
+    needs: Mapping[str, str] = dataclasses.field(default_factory=dict)
     # package -> feature of a case -> why this optimizer can't run it there
     lacks: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     # the PyTorch class, without its form, whose recorded runs `replay` checks with it
@@ -62,10 +65,14 @@ def changed(o: Options, names: str) -> dict[str, Any]:
     return {n: v for n, v in pick(o, names).items() if v != getattr(default, n)}
 
 
-def by_class(module: Any, name: str) -> Callable[..., Any]:
-    """Builds ``module``'s class of this name and form."""
+def by_class(package: str, name: str) -> Callable[..., Any]:
+    """Builds the package's class of this name and form.
+
+    The package is imported when a case is run in it, so that it may be absent.
+    """
 
     def build(groups: list[Any], o: Options, form: str, foreach: bool) -> Any:
+        module = importlib.import_module(package)
         return getattr(module, name + form)(groups, foreach=foreach)
 
     return build

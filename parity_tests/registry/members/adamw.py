@@ -3,11 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-import schedulefree
 from optax import GradientTransformation, contrib
 
 import sf_jax
-import sf_torch
 from parity_tests import reference
 from parity_tests.registry.optimizer import (
     Optimizer,
@@ -58,6 +56,8 @@ def arguments(o: Options) -> dict[str, Any]:
 
 
 def _meta(groups: list[Any], o: Options, form: str, foreach: bool) -> Any:
+    import schedulefree
+
     if o.decay_at == "z":  # Only Meta's Reference form decays at z.
         groups = [{k: v for k, v in g.items() if k != "decay_at"} for g in groups]
         return schedulefree.AdamWScheduleFreeReference(
@@ -71,7 +71,7 @@ OPTIMIZER = Optimizer(
     reference=lambda o: seams(o, base(o), warmup(o)),
     jax=in_jax("standard"),
     arguments=arguments,
-    torch=by_class(sf_torch, "AdamWScheduleFree"),
+    torch=by_class("sf_torch", "AdamWScheduleFree"),
     meta=_meta,
     optax=lambda o: contrib.schedule_free_adamw(
         o.lr,

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import sf_torch
 from parity_tests import reference
 from parity_tests.registry.members import adamw
 from parity_tests.registry.optimizer import Optimizer, by_class, seams, warmup
@@ -22,7 +21,7 @@ OPTIMIZER = Optimizer(
     reference=_reference,
     jax=adamw.in_jax("algoperf"),
     arguments=adamw.arguments,
-    torch=by_class(sf_torch, "AdamWScheduleFreeAlgoPerf"),
+    torch=by_class("sf_torch", "AdamWScheduleFreeAlgoPerf"),
     torch_forms=("",),
 )
 

@@ -1,8 +1,5 @@
 """AdamW Schedule-Free, with the bias correction in the step size."""
 
-import schedulefree
-
-import sf_torch
 from parity_tests import reference
 from parity_tests.registry.members import adamw
 from parity_tests.registry.optimizer import Optimizer, by_class, seams, warmup
@@ -15,8 +12,8 @@ OPTIMIZER = Optimizer(
     ),
     jax=adamw.in_jax("paper"),
     arguments=adamw.arguments,
-    torch=by_class(sf_torch, "AdamWScheduleFreePaper"),
-    meta=by_class(schedulefree, "AdamWScheduleFreePaper"),
+    torch=by_class("sf_torch", "AdamWScheduleFreePaper"),
+    meta=by_class("schedulefree", "AdamWScheduleFreePaper"),
     torch_forms=("",),
     replays="AdamWScheduleFreePaper",
 )

@@ -62,6 +62,7 @@ OPTIMIZER = Optimizer(
     arguments=lambda o: {"lr": o.lr},
     torch=_torch,
     options=ProdigyOptions,
+    needs={"sf_torch": "prodigyopt"},
     torch_forms=("",),
     fuses=False,
 )

@@ -2,10 +2,7 @@
 
 from typing import Any
 
-import schedulefree
-
 import sf_jax
-import sf_torch
 from parity_tests import reference
 from parity_tests.registry.optimizer import Optimizer, by_class, pick, seams
 from parity_tests.registry.options import Options, function
@@ -39,8 +36,8 @@ OPTIMIZER = Optimizer(
         store_x=store_x,
     ),
     arguments=_arguments,
-    torch=by_class(sf_torch, "RAdamScheduleFree"),
-    meta=by_class(schedulefree, "RAdamScheduleFree"),
+    torch=by_class("sf_torch", "RAdamScheduleFree"),
+    meta=by_class("schedulefree", "RAdamScheduleFree"),
     replays="RAdamScheduleFree",
 )
 

@@ -2,11 +2,9 @@
 
 from typing import Any
 
-import schedulefree
 from optax import contrib
 
 import sf_jax
-import sf_torch
 from parity_tests import reference
 from parity_tests.registry.optimizer import (
     Optimizer,
@@ -45,8 +43,8 @@ OPTIMIZER = Optimizer(
         store_x=store_x,
     ),
     arguments=_arguments,
-    torch=by_class(sf_torch, "SGDScheduleFree"),
-    meta=by_class(schedulefree, "SGDScheduleFree"),
+    torch=by_class("sf_torch", "SGDScheduleFree"),
+    meta=by_class("schedulefree", "SGDScheduleFree"),
     optax=lambda o: contrib.schedule_free_sgd(
         o.lr, o.warmup_steps or None, **pick(o, "b1 weight_decay weight_lr_power")
     ),

@@ -1,15 +1,14 @@
 """Schedule-Free wrapped around SGD, with or without momentum."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import optax
-import schedulefree
 import torch
 from optax import GradientTransformation
 
 import sf_jax
-import sf_torch
 from parity_tests import reference
 from parity_tests.registry.optimizer import Optimizer, pick, seams
 from parity_tests.registry.options import Options, function
@@ -23,8 +22,9 @@ from parity_tests.registry.rows import (
 )
 
 
-def _wrapped(module: Any) -> Callable[..., Any]:
+def _wrapped(package: str) -> Callable[..., Any]:
     def build(groups: list[Any], o: Options, form: str, foreach: bool) -> Any:
+        module = importlib.import_module(package)
         return getattr(module, "ScheduleFreeWrapper" + form)(
             torch.optim.SGD(groups, foreach=foreach),
             momentum=o.b1,
@@ -56,8 +56,8 @@ OPTIMIZER = Optimizer(
     ),
     jax=_jax,
     arguments=lambda o: {"lr": o.lr, "momentum": o.base_momentum},
-    torch=_wrapped(sf_torch),
-    meta=_wrapped(schedulefree),
+    torch=_wrapped("sf_torch"),
+    meta=_wrapped("schedulefree"),
     torch_forms=("", "Reference"),
     fuses=False,
     lacks={
