@@ -13,7 +13,7 @@ import sf_jax
 import sf_torch
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(python|diff)\n(.*?)^```$", re.M | re.S)
 
 
@@ -23,7 +23,7 @@ def blocks(language):
         for match in BLOCK.finditer(text):
             if match[1] == language:
                 line = text.count("\n", 0, match.start()) + 1
-                yield pytest.param(match[2], id=f"{page.name}:{line}")
+                yield pytest.param(match[2], id=f"{page.relative_to(ROOT)}:{line}")
 
 
 def surroundings():
