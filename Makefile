@@ -51,13 +51,14 @@ gpu: $(GPU_STAMP)  ## compile every step for NVIDIA's GPUs, on this machine
 gpu-slow: $(GPU_STAMP)  ## the rest of these: GPT-2's leaves on each GPU, in each form
 	$(GPU_VENV)/bin/python -m pytest -m 'gpu and slow' tests/jax/test_gpu_compile.py
 
+# Old versions warn of each other, so warnings are no errors there.
 oldest:  ## the contract tests on the lowest versions that pyproject.toml names
 	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python .ci/lowest.py >.venv-oldest/constraints.txt
 	.venv-oldest/bin/python -m pip install --quiet \
 	  --constraint .venv-oldest/constraints.txt --editable '.[flax,parity]' \
 	  hypothesis scikit-learn 'pytest<9.2'
-	.venv-oldest/bin/python -m pytest -p no:cacheprovider $(CONTRACT)
+	.venv-oldest/bin/python -m pytest -W default -p no:cacheprovider $(CONTRACT)
 
 newest:  ## the contract tests on the newest versions that there are (torch: as pinned)
 	@test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
@@ -66,6 +67,20 @@ newest:  ## the contract tests on the newest versions that there are (torch: as 
 	  --constraint .venv-newest/constraints.txt --editable '.[flax,parity]' \
 	  hypothesis scikit-learn 'pytest<9.2'
 	.venv-newest/bin/python -m pytest -p no:cacheprovider $(CONTRACT)
+
+docs:  ## the documentation site, checked, in out/site/
+	@test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --constraint constraints.txt '.[docs]'
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --strict
+	.venv-docs/bin/python docs/check_site.py out/site
+
+package:  ## the wheel and the source archive in dist/, checked, and the wheel alone
+	@test -x .venv-package/bin/python || $(PYTHON) -m venv .venv-package
+	.venv-package/bin/python -m pip install --quiet build twine
+	rm -rf dist
+	.venv-package/bin/python -m build --outdir dist .
+	.venv-package/bin/python -m twine check --strict dist/*
+	$(PYTHON) .ci/wheel_alone.py dist/*.whl
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -88,7 +103,7 @@ gpu-day:  ## all that a GPU is needed for, on a machine that has one
 	$(PYTHON) -m benchmarks gpu-day $(GPU_DAY)
 
 clean:  ## remove .venv, out/ and caches
-	rm -rf $(VENV) $(GPU_VENV) .venv-oldest .venv-newest .venv-docs out build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-* out build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## this list

@@ -91,3 +91,17 @@ def test_the_table_of_step_times_is_the_one_measured():
     results = ROOT / "benchmarks" / "results" / "cpu" / "results.md"
     table = re.search(r"^\| ms a step.*?\n\n", results.read_text(), re.M | re.S)
     assert table[0] in (ROOT / "README.md").read_text()
+
+
+def test_the_reference_has_every_public_name():
+    for page, package in (("jax", sf_jax), ("torch", sf_torch)):
+        text = (ROOT / "docs" / "reference" / f"{page}.md").read_text()
+        named = set(re.findall(rf"^::: {package.__name__}\.(\w+)$", text, re.M))
+        assert named == set(package.__all__)
+
+
+def test_the_readme_is_short_and_its_quick_starts_are():
+    text = (ROOT / "README.md").read_text()
+    assert text.count("\n") <= 250
+    for code in re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S):
+        assert code.count("\n") <= 20 + code.count("\n\n")
