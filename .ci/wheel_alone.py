@@ -30,10 +30,9 @@ def main(wheel: Path) -> int:
         with tempfile.TemporaryDirectory() as folder:
             python = Path(folder) / "bin" / "python"
             subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+            install = [python, "-m", "pip", "install", "--quiet"]
             subprocess.run(
-                [python, "-m", "pip", "install", "--quiet"]
-                + ["--constraint", CONSTRAINTS, f"{wheel.resolve()}[{extra}]"],
-                check=True,
+                [*install, "-c", CONSTRAINTS, f"{wheel.resolve()}[{extra}]"], check=True
             )
             code += "; import importlib.util as u; "
             code += f"print([n for n in {absent!r} if u.find_spec(n)])"

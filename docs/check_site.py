@@ -3,9 +3,9 @@
     python docs/check_site.py out/site
 
 Every link into the site and every anchor must be there, and no page may load anything
-from another host. Where Chromium is installed, it opens each page: nothing may be written to
-its console, pictures and formulas must have a size, and a search must
-find its word. Where it is not, that part is said to be skipped.
+from another host. Where Chromium is installed, it opens each page: nothing may be
+written to its console, pictures and formulas must have a size, and a search must find
+its word. Where it is not, that part is said to be skipped.
 """
 
 import contextlib
@@ -77,9 +77,12 @@ def wrong_links(site: Path) -> list[str]:
                     target /= "index.html"
             if not target.exists():
                 wrong.append(f"{here} links to {link}, which is not there")
-            elif parts.fragment and target in pages:
-                if unquote(parts.fragment) not in pages[target].anchors | {"__top"}:
-                    wrong.append(f"{here} links to {link}, which has no such anchor")
+            elif (
+                parts.fragment
+                and target in pages
+                and unquote(parts.fragment) not in pages[target].anchors | {"__top"}
+            ):
+                wrong.append(f"{here} links to {link}, which has no such anchor")
     return wrong
 
 

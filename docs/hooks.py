@@ -1,7 +1,7 @@
 """What the site needs besides MkDocs: links into the repository, and formulas.
 
-Pages link to files outside docs/ by relative paths, which the tests check and which work
-where the repository is browsed. On the site they become addresses. Formulas become
+Pages link to files outside docs/ by relative paths, which the tests check and which
+work where the repository is browsed. On the site they become addresses. Formulas become
 MathML when the site is built, so that a reader's browser needs no script for them.
 """
 
