@@ -1,17 +1,23 @@
 """Checks a recorded PyTorch run against sf_jax and the float64 reference.
 
     sf-parity replay run.safetensors
+    sf-parity replay run.safetensors --set warmup_steps=500 --set b1=0.95
 
 Both start from the state in which the recording began, take the gradients that
 ``sf_torch.record`` wrote down, and are compared with the recorded y and x. Where they
 differ, the reference is run again under each of :data:`HYPOTHESES`. The hypothesis
 under which it agrees with the recorded run is the likely reason.
+
+The recorded options are used, unless ``--set`` gives those that you have in JAX. What
+differs from the record is then listed, and may be the reason.
 """
 
 import argparse
+import ast
 import dataclasses
 import functools
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -25,7 +31,7 @@ from rich.table import Table
 import sf_jax
 from parity_tests import reference
 from parity_tests.compare import tolerances
-from parity_tests.compare.hypotheses import HYPOTHESES, Hypothesis, plain
+from parity_tests.compare.hypotheses import HYPOTHESES, Hypothesis, as_recorded, plain
 from parity_tests.reference import Leaves, wide
 from parity_tests.registry import OPTIMIZERS
 from parity_tests.runners.recorded_run import Group, Run
@@ -76,6 +82,8 @@ class Verdict:
     reference: Worst
     gaps_apart: bool  # whether leaves with counts of their own missed gradients
     hypotheses: tuple[tuple[Hypothesis, Worst], ...]  # the best first; none if ok
+    differing: Mapping[str, Any]  # settings that are not the record's; its values
+    changes: tuple[str, ...]  # options that changed during the recorded run
 
     @property
     def ok(self) -> bool:
@@ -90,6 +98,8 @@ class Verdict:
                 "each parameter's own count, JAX by one for all (and PyTorch too, with "
                 "upstream_compatible=True)"
             )
+        if self.changes and not self.ok:
+            return f"{self.changes[0]}; JAX takes one value for a whole run"
         if not self.hypotheses:
             return None
         best, worst = self.hypotheses[0]
@@ -98,20 +108,27 @@ class Verdict:
         return None
 
 
-def replay(path: str | os.PathLike[str]) -> Verdict:
+def replay(
+    path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None
+) -> Verdict:
     """Drives sf_jax and the reference with a recorded run.
 
     Args:
       path: a file of ``sf_torch.record``.
+      settings: options to use in place of the recorded ones, by their names in
+        :class:`~parity_tests.registry.options.Options`.
 
     Returns:
       How far each went from the recorded run, and the hypotheses, the best first,
       where that was too far.
 
     Raises:
-      ValueError: no recorded run, or one of an optimizer without a reference.
+      ValueError: no recorded run, or one of an optimizer without a reference, or a
+        setting that is unknown.
     """
     run = Run(path)
+    recorded = run.groups
+    differing = run.set(settings or {})
     dtype = "float64" if run.is_double else "float32"
     limit = _ROOM * tolerances.limit(dtype, "meta", "torch").ulps
     with jax.enable_x64(run.is_double):
@@ -123,7 +140,8 @@ def replay(path: str | os.PathLike[str]) -> Verdict:
     )
     found = []
     if not (jax_worst.ok and reference_worst.ok):
-        possible = [h for h in HYPOTHESES if any(map(h.seams, run.groups))]
+        possible = [*as_recorded(recorded, differing), *HYPOTHESES]
+        possible = [h for h in possible if any(map(h.seams, run.groups))]
         limits = [limit * h.coarser(run.groups) for h in possible]
         worsts = _drive(run, [_InReference(run, h) for h in possible], limits)
         found = sorted(
@@ -137,6 +155,8 @@ def replay(path: str | os.PathLike[str]) -> Verdict:
         reference_worst,
         gaps_apart,
         tuple(found),
+        differing,
+        tuple(run.changes),
     )
 
 
@@ -305,6 +325,8 @@ def show(verdict: Verdict, console: Console) -> None:
     for name, worst in (("sf_jax", verdict.jax), ("reference", verdict.reference)):
         table.add_row(name, *_row(worst))
     console.print(table)
+    for name, value in verdict.differing.items():
+        console.print(f"Not as recorded: {name}, which was {value}.", markup=False)
     if verdict.ok:
         console.print("The run is the one that JAX and the reference take.")
         return
@@ -325,13 +347,35 @@ def _row(worst: Worst) -> tuple[str, str, str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="what sf_torch.record wrote")
+    parser.add_argument(
+        "--set",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        type=_setting,
+        help="an option as you have it in JAX, in place of the recorded one",
+    )
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, given, value = text.partition("=")
+    if not given:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (SyntaxError, ValueError):  # a word, as in decay_at=z
+        return name, value
 
 
 def run(arguments: argparse.Namespace) -> int:
-    return main(arguments.file)
+    return main(arguments.file, settings=dict(arguments.set))
 
 
-def main(path: str | os.PathLike[str], console: Console | None = None) -> int:
+def main(
+    path: str | os.PathLike[str],
+    console: Console | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> int:
     """Replays a file and prints the verdict.
 
     Returns:
@@ -339,7 +383,7 @@ def main(path: str | os.PathLike[str], console: Console | None = None) -> int:
     """
     console = console or Console()
     try:
-        verdict = replay(path)
+        verdict = replay(path, settings)
     except (OSError, ValueError) as error:
         console.print(str(error), markup=False)
         return 2

@@ -1,7 +1,7 @@
 """Hypotheses: reasons for which a recorded run may differ from the reference."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -87,6 +87,30 @@ def _warmup(more: int = 0, shift: int = 0, average_shift: int | None = None) -> 
         return changed._replace(step_size=shifted, average=weight)
 
     return seams
+
+
+def as_recorded(
+    recorded: Iterable[Group], differing: Mapping[str, Any]
+) -> list[Hypothesis]:
+    """For each setting that differs: that it alone, or with the rest, is the reason."""
+    before = {group.names: group.options for group in recorded}
+
+    def back(names: Iterable[str]) -> Callable[[Group], Seams]:
+        def seams(group: Group) -> Seams:
+            options = {name: getattr(before[group.names], name) for name in names}
+            changed = dataclasses.replace(group.options, **options)
+            return plain(dataclasses.replace(group, options=changed))
+
+        return seams
+
+    found = [
+        Hypothesis(f"{name} is {value}, as recorded", back([name]))
+        for name, value in differing.items()
+    ]
+    if len(found) > 1:
+        names = ", ".join(differing)
+        found.append(Hypothesis(f"{names} are as recorded", back(list(differing))))
+    return found
 
 
 HYPOTHESES = (

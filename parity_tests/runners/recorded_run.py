@@ -1,6 +1,7 @@
 """Reads a run that ``sf_torch.record`` wrote, as options of the registry."""
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -88,10 +89,41 @@ class Run:
                 "whose groups have stepped together."
             )
         self.k = int(counts.pop())
+        self.changes = _changes(steps)
         self.groups = [
             self._group(i, start.info, [frame.info["groups"] for frame in steps])
             for i in range(len(self.saved_groups))
         ]
+
+    def set(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Puts settings in place of recorded options, in all groups.
+
+        Returns:
+          The settings that differ from what was recorded, with the recorded value; a
+          tuple of values where groups differ from each other.
+
+        Raises:
+          ValueError: a setting that the optimizer does not have.
+        """
+        names = [field.name for field in dataclasses.fields(Options)]
+        if unknown := sorted(settings.keys() - set(names)):
+            raise ValueError(
+                f"there is no setting {', '.join(unknown)}. There are "
+                f"{', '.join(names)}."
+            )
+        differing = {}
+        for name, value in settings.items():
+            recorded = tuple(getattr(group.options, name) for group in self.groups)
+            if any(each != value for each in recorded):
+                same = len(set(recorded)) == 1
+                differing[name] = recorded[0] if same else recorded
+        self.groups = [
+            dataclasses.replace(
+                group, options=dataclasses.replace(group.options, **settings)
+            )
+            for group in self.groups
+        ]
+        return differing
 
     def _group(self, i: int, info: Mapping[str, Any], steps: list[Any]) -> Group:
         saved = steps[0][i]
@@ -152,6 +184,19 @@ class Run:
                     for prefix in ("grad", "y", "x")
                 )
                 yield frame.kind, frame.step, grads, y, x
+
+
+def _changes(steps: list[Any]) -> list[str]:
+    """Options that changed during the run, and that JAX takes one value of."""
+    found = []
+    for before, after in itertools.pairwise(steps):
+        for old, new in zip(before.info["groups"], after.info["groups"], strict=True):
+            found += [
+                f"{key} became {new[key]} at step {after.step}, and was {old[key]}"
+                for key in _SAME_NAMES
+                if old.get(key) != new.get(key)
+            ]
+    return found
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:
