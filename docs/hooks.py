@@ -22,7 +22,7 @@ _FORMULA = re.compile(
 
 def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     """Links out of docs/ lead into the repository."""
-    # These two are written for the folder in which they lie, and shown from docs/.
+    # These two stand for files of the repository's root, and link from there.
     included = page.file.src_uri in ("contributing.md", "changelog.md")
     folder = "" if included else posixpath.join("docs", posixpath.dirname(page.url))
     if included:
