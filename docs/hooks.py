@@ -12,12 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
+from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
+_PICTURES = "benchmarks/results/"
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)")
 _FORMULA = re.compile(
     r'<(span|div) class="arithmatex">\\([\[(])(.*?)\\[\])]</\1>', re.S
 )
+
+
+def on_files(files: Any, config: Any, **_: Any) -> Any:
+    """The pictures that the benchmarks left beside their results."""
+    for path in sorted((ROOT / _PICTURES).rglob("*.png")):
+        name = path.relative_to(ROOT).as_posix()
+        files.append(File.generated(config, name, abs_src_path=str(path)))
+    return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
@@ -31,6 +41,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
 
     def outside(link: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(folder, link[1]))
+        if target.startswith(_PICTURES) and target.endswith(".png"):
+            return posixpath.relpath(target, posixpath.dirname(page.url))
         if not target.startswith("docs/"):
             return f"{config.repo_url}/blob/main/{target}"
         return target.removeprefix("docs/") if included else link[1]
