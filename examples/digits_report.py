@@ -65,7 +65,7 @@ def plot_loss(ax: Axes, record: Record) -> None:
         ax.plot(np.arange(len(means)) + 0.5, means, color=colour, label=label, **line)
     ax.set_yscale("log")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set(title="Training loss at y", xlabel="epoch")
+    ax.set(title="Training loss at y", xlabel="epoch", ylabel="cross-entropy, nats")
     ax.legend()
 
 
@@ -84,7 +84,7 @@ def plot_accuracy(ax: Axes, record: Record) -> None:
     ax.set_ylim(min(0.9, worst - 0.01), 1.002)
     ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.0f}%"))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set(title="Test accuracy at x", xlabel="epoch")
+    ax.set(title="Test accuracy at x", xlabel="epoch", ylabel="correct")
     ax.legend(loc="lower right")
 
 
@@ -118,8 +118,8 @@ def plot_distance(ax: Axes, record: Record) -> None:
         xlabel="step",
         ylabel=r"units of $2^{-23}\,\max(1, \max|w|)$",
     )
-    # Between the limit and what stays under it.
-    ax.legend(loc="lower right", bbox_to_anchor=(1, 0.27), labelspacing=0.2)
+    # Below, where no line is.
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
 
 
 def write_figure(path: Path, record: Record) -> None:
@@ -192,6 +192,10 @@ PAGE = """\
   .card span { color: var(--soft); font-size: 13.5px; }
   figure { margin: 0 0 12px; padding: 12px; }
   figure img { display: block; width: 100%; height: auto; }
+  figcaption { color: var(--soft); font-size: 13.5px; }
+  nav a { margin-right: 1rem; }
+  @media print { body { background: none; } main { max-width: none; padding: 0; }
+                 figure, .card { break-inside: avoid; } nav { display: none; } }
   .pair { display: grid; gap: 12px;
           grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); }
   table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
@@ -221,18 +225,23 @@ the same batches: {{ s.steps }} steps, {{ s.seconds }} seconds on a
   {% endfor %}
 </div>
 
-<h2>Training</h2>
+<nav><a href="#training">Training</a><a href="#apart">How far apart</a>
+<a href="#numbers">Numbers</a></nav>
+
+<h2 id="training">Training</h2>
 <p>The gradient, and so the loss, is taken at y. The weights to evaluate and to ship
 are x, the average; BatchNorm's statistics are recomputed for them. No learning rate
 schedule: after the warmup the step size stays where it is.</p>
 <div class="pair">
   <figure><img src="{{ loss }}"
-    alt="Training loss at y over the epochs, Flax and PyTorch"></figure>
+    alt="Training loss at y over the epochs, Flax and PyTorch">
+    <figcaption>Thin: every step. Thick: the mean of an epoch.</figcaption></figure>
   <figure><img src="{{ accuracy }}"
-    alt="Test accuracy at x over the epochs, Flax and PyTorch"></figure>
+    alt="Test accuracy at x over the epochs, Flax and PyTorch">
+    <figcaption>Of images that were not trained on.</figcaption></figure>
 </div>
 
-<h2>How far apart</h2>
+<h2 id="apart">How far apart</h2>
 <p>The grey line compares the two runs above. Each network rounds in its own way,
 training amplifies the difference, and it reaches {{ "{:,.0f}".format(own) }} ulps:
 that is the networks. The coloured lines are the optimizers alone: both are fed the
@@ -240,9 +249,11 @@ gradients that the Flax run recorded, and y, x and z are compared after every st
 ulp here is 2<sup>-23</sup> &middot; max(1, max|w|) of the leaf; the limit is
 {{ limit }}.</p>
 <figure><img src="{{ distance }}"
-  alt="Distance between Flax and PyTorch at every step, in ulps"></figure>
+  alt="Distance between Flax and PyTorch at every step, in ulps">
+  <figcaption>Coloured lines below the red one: the optimizers agree.</figcaption>
+</figure>
 
-<h2>Numbers</h2>
+<h2 id="numbers">Numbers</h2>
 <details><summary>Every epoch</summary>
 <table>
 <tr><th>epoch</th><th>loss, Flax</th><th>loss, PyTorch</th>

@@ -1,14 +1,20 @@
 """The command line: the table, the report, skips that show, and the exit status."""
 
 import dataclasses
+import io
 import json
 import pathlib
 import re
 
 import pytest
+from rich.console import Console
 
 from parity_tests.cli import matrix
 from parity_tests.cli.main import main
+from parity_tests.cli.table import table
+from parity_tests.compare.distance import Distance
+from parity_tests.compare.harness import Outcome
+from parity_tests.compare.tolerances import Limit
 from parity_tests.registry import CASES
 
 FEW = ["matrix", "--case", "sgd/[dw][ea]*", "--steps", "12"]  # decay_*, warmup
@@ -28,6 +34,9 @@ def test_the_report_is_one_page_that_needs_nothing_else(
     links = re.findall(r"""(?:src|href)=["']?(?!#)[^"'\s>]+""", page)
     assert links == []
     assert "<script" not in page
+    to_rows = re.findall(r'<a href="#([^"]+)"', page)
+    assert len(to_rows) > 10
+    assert all(page.count(f'id="{row}"') == 1 for row in to_rows)
 
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["ok"] is True
@@ -36,6 +45,16 @@ def test_the_report_is_one_page_that_needs_nothing_else(
     known = [row for row in summary["comparisons"] if row["must_differ"]]
     assert {row["case"] for row in known} == {"sgd/warmup"}
     assert any(row["what"] == "sgd/decay_z in meta" for row in summary["skipped"])
+
+
+def test_the_table_keeps_the_step_where_the_terminal_is_narrow() -> None:
+    distance = Distance(123.45, "z", "matrix", 299)
+    limit = Limit(200.0, "")
+    outcome = Outcome("adamw_algoperf/together", "torch", "reference", distance, limit)
+    for every_pair in (False, True):
+        text = io.StringIO()
+        Console(width=100, file=text).print(table([outcome], every_pair))
+        assert "…" not in text.getvalue()
 
 
 def test_a_mismatch_is_named_and_is_the_exit_status(

@@ -23,6 +23,8 @@ from parity_tests.runners.voices import VOICES, run
 
 _PACKAGES = ("jax", "optax", "torch", "schedulefree", "numpy")
 _COLOURS = {"sf_jax": "#3b6fd4", "sf_torch": "#e2621b", "meta": "#8a919c"}
+_PAGE = pathlib.Path(__file__).with_name("report.html")
+_VOICES_SHOWN = {"meta": "schedulefree", "torch": "sf_torch", "jax scan": "sf_jax"}
 _CURVES = ("adamw/together", "sgd/together", "radam/together", "adamw/network")
 
 
@@ -58,12 +60,23 @@ def write(
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     known = [o for o in outcomes if o.limit.differs]
     figures = (
-        ("The worst distance of each case, as a share of its limit", _shares),
-        ("Distance from the reference, step by step", _curves),
+        (
+            "shares",
+            "The worst distance of each case, as a share of its limit",
+            "A dot is the worst of a package's voices in a case; right of the red line "
+            "it would be too far.",
+            _shares,
+        ),
+        (
+            "curves",
+            "Distance from the reference, step by step",
+            "A line that keeps rising is a difference; rounding goes up and down.",
+            _curves,
+        ),
     )
     page = (
         _environment()
-        .from_string(_PAGE)
+        .from_string(_PAGE.read_text(encoding="utf-8"))
         .render(
             facts=facts,
             ok=summary["ok"],
@@ -134,7 +147,7 @@ def _shares(
 ) -> Figure:
     """A plot with a row a case: sf_jax and sf_torch against the reference and Meta."""
     names = [case.name for case in cases]
-    figure = Figure(figsize=(9, 1 + 0.17 * len(names)))
+    figure = Figure(figsize=(9, 1.2 + 0.21 * len(names)), layout="constrained")
     for ax, against in zip(
         figure.subplots(1, 2, sharey=True), ("reference", "meta"), strict=True
     ):
@@ -146,13 +159,16 @@ def _shares(
             rows = [names.index(name) for name in share]
             colour = _COLOURS[package]
             ax.scatter(share.values(), rows, s=14, label=package, color=colour)
-        ax.axvline(1, color="#c0392b", lw=1)
+        ax.axvline(1, color="#c0392b", lw=1, label="the limit")
         ax.set(xlim=(0, None), title=f"against {against}", xlabel="share of the limit")
         ax.grid(axis="y", lw=0.3)
         _bare(ax)
-    figure.axes[0].set_yticks(range(len(names)), names, fontsize=6)
+    figure.axes[0].set_yticks(range(len(names)), names, fontsize=8)
     figure.axes[0].set_ylim(len(names), -1)
-    figure.axes[0].legend(frameon=False, loc="lower right")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside upper right", ncols=len(labels), frameon=False
+    )
     return figure
 
 
@@ -162,24 +178,25 @@ def _curves(
     """Plots the distances of y, x and z by step, for a few cases of those that ran."""
     ran = {(o.case, o.voice) for o in outcomes}
     shown = [case for case in cases if case.name in _CURVES] or list(cases)[:4]
-    figure = Figure(figsize=(9, 2.1 * len(shown)))
+    figure = Figure(figsize=(9, 0.5 + 2.1 * len(shown)), layout="constrained")
     grid = figure.subplots(len(shown), 3, squeeze=False, sharex=True, sharey="row")
     for row, case in zip(grid, shown, strict=True):
         yardstick = run(case, "reference", steps)
         for ax, sequence in zip(row, SEQUENCES, strict=True):
-            for voice in ("meta", "torch", "jax scan"):
+            for voice in _VOICES_SHOWN:
                 if (case.name, voice) not in ran:
                     continue
                 ulps = curve(run(case, voice, steps), yardstick, case.dtype, sequence)
                 package = VOICES[voice].package
-                ax.plot(np.nan_to_num(ulps), lw=1, color=_COLOURS[package], label=voice)
+                label = _VOICES_SHOWN[voice]
+                ax.plot(np.nan_to_num(ulps), lw=1, color=_COLOURS[package], label=label)
             ax.set_title(f"{case.name}: {sequence}", loc="left", fontsize=9)
             _bare(ax)
-        row[0].set_ylabel("ulps")
-    grid[0][0].legend(frameon=False)
+        row[0].set_ylabel("distance, ulps")
     for ax in grid[-1]:
         ax.set_xlabel("step")
-    figure.tight_layout()
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=3, frameon=False)
     return figure
 
 
@@ -189,43 +206,3 @@ def _bare(ax: Axes) -> None:
 
 def _environment() -> jinja2.Environment:
     return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Parity of sf_jax and sf_torch</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto;
-       padding: 0 1rem; color: #22262b }
-table { border-collapse: collapse; font-size: 13px }
-td, th { text-align: left; padding: .15rem .8rem .15rem 0;
-         border-bottom: 1px solid #e6e8ec }
-td.number { text-align: right; font-variant-numeric: tabular-nums }
-.bad { color: #c0392b; font-weight: bold } .known { color: #a67c00 }
-.muted { color: #6b737d } svg { max-width: 100%; height: auto }
-</style>
-<h1>Parity of sf_jax and sf_torch</h1>
-<p>{% if ok %}All {{ outcomes|length }} comparisons hold.{% else %}
-<span class="bad">{{ outcomes|rejectattr("ok")|list|length }} of
-{{ outcomes|length }} comparisons do not hold.</span>{% endif %}
-Distances are in ulps, eps · max(1, max|w|), the largest over all steps of y, x and z;
-the steps count from 0.</p>
-<p class="muted">{% for name, value in facts.items() %}{{ name }} {{ value }}
-{{- ", " if not loop.last }}{% endfor %}</p>
-{% macro rows(list) %}
-<table><tr><th>case<th>voice<th>against<th>ulps<th>limit<th>where<th>why so much
-{% for o in list %}<tr{% if not o.ok %} class="bad"{% elif o.limit.differs %}
- class="known"{% endif %}><td>{{ o.case }}<td>{{ o.voice }}<td>{{ o.against }}
-<td class="number">{{ "%.2f"|format(o.distance.ulps) }}
-<td class="number">{{ "> " if o.limit.differs }}{{ "%.4g"|format(o.limit.ulps) }}
-<td>{% if o.distance.leaf %}{{ o.distance.sequence }} of {{ o.distance.leaf }}, step
-{{ o.distance.step }}{% endif %}<td class="muted">{{ o.limit.reason }}
-{% endfor %}</table>{% endmacro %}
-<h2>The worst of each pair</h2>{{ rows(worst.values()) }}
-{% if known %}<h2>Known differences</h2>
-<p>They must be there: a row that agreed would be an error.</p>{{ rows(known) }}
-{% endif %}
-{% for title, plot in figures %}<h2>{{ title }}</h2>{{ draw(plot)|safe }}{% endfor %}
-<h2>Every comparison</h2>{{ rows(outcomes) }}
-<h2>Not run</h2><table>{% for what, reason in skipped %}
-<tr><td>{{ what }}<td class="muted">{{ reason }}{% endfor %}</table>
-"""

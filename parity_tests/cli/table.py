@@ -42,7 +42,8 @@ def _cell(o: Outcome) -> Text:
 def table(outcomes: list[Outcome], every_pair: bool = False) -> Table:
     """A row per case, or per pair of voices."""
     if every_pair:
-        rows = Table("case", "voice", "against", "ulps", "where", "limit")
+        heads = ("case", "voice", "against", "ulps", "where", "limit")
+        rows = Table(*(Column(head, overflow="fold") for head in heads))
         for o in outcomes:
             d = o.distance
             rows.add_row(
@@ -56,7 +57,9 @@ def table(outcomes: list[Outcome], every_pair: bool = False) -> Table:
         return rows
     title = "ulps, and where: sequence.leaf@step of the worst voice"
     names = (f"{a} - {' or '.join(b)}" for a, b in COLUMNS)
-    rows = Table(Column("case", no_wrap=True), *names, title=title)
+    # Folded, a cell keeps its step where the terminal is narrow.
+    columns = (Column(name, overflow="fold") for name in names)
+    rows = Table(Column("case", no_wrap=True), *columns, title=title)
     by_case: dict[str, list[Outcome]] = {}
     for o in outcomes:
         by_case.setdefault(o.case, []).append(o)
