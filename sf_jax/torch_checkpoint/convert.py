@@ -1,5 +1,6 @@
 """The two directions: :func:`from_torch` and :func:`to_torch`."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,9 +19,11 @@ from sf_jax.torch_checkpoint.names import (
     check_names,
     first_names,
     guess_names,
+    joined,
     leaf_name,
     leaves_of,
     raise_all,
+    rows_by_tensor,
     shapes_of,
     torch_shapes,
 )
@@ -245,8 +248,7 @@ def to_torch(
       >>> model["weight"].shape, sorted(optimizer["state"][0])
       ((3, 2), ['z'])
     """
-    rows = _rows(names, model, params, batch_stats)
-    row_of = {row.torch: row for row in rows}
+    rows_of = rows_by_tensor(_rows(names, model, params, batch_stats))
     problems: list[str] = []
     order = name_order(model, optimizer, param_names, problems)
     states = _states_by_leaf(opt_state, problems)
@@ -257,35 +259,40 @@ def to_torch(
         new_group = dict(group)
         owners = {}
         for index in group["params"]:
-            row = row_of.get(order.get(index, ""))
-            if row is None or row.torch is None or row.jax is None:
+            name = order.get(index, "")
+            of_name = rows_of.get(name, [])
+            if not of_name:
                 continue
-            if row.jax not in states:
-                problems.append(f"missing: a Schedule-Free state for {row.torch}")
+            if any(row.jax not in states for row in of_name):
+                problems.append(f"missing: a Schedule-Free state for {name}")
                 continue
-            owner, arrays = states[row.jax]
-            owners[id(owner)] = owner
-            moved.add(row.jax)
-            like = model[row.torch]
+            like = model[name]
+            by_key: dict[str, list[np.ndarray]] = defaultdict(list)
+            dtypes: dict[str, Any] = {}
+            for row in of_name:
+                owner, arrays = states[row.jax]
+                owners[id(owner)] = owner
+                moved.add(row.jax)
+                for key, array in arrays.items():
+                    by_key[key].append(np.asarray(array))
+                    dtypes[key] = array.dtype
+                y, b1 = values[row.jax], _b1(owner, Scalars.of(group), problems)
+                if what_it_holds(np.asarray(y), _numpy(arrays), b1) in ("x", ""):
+                    problems.append(
+                        f"different: {row.jax} in params is not the y of its state; "
+                        "pass the live parameters, not x"
+                    )
+                if at_x:
+                    values[row.jax] = _x(y, arrays, b1)
+                    if "b1" in group and "x" not in arrays:
+                        # sf_torch keeps y meanwhile: made anew it is a rounding off.
+                        by_key["y"].append(np.asarray(y))
             state[index] = {
                 key: to_tensor(
-                    row.to_torch(np.asarray(array), like.shape), like, array.dtype
+                    joined(of_name, parts, like.shape), like, dtypes.get(key)
                 )
-                for key, array in arrays.items()
+                for key, parts in by_key.items()
             }
-            y, b1 = values[row.jax], _b1(owner, Scalars.of(group), problems)
-            if what_it_holds(np.asarray(y), _numpy(arrays), b1) in ("x", ""):
-                problems.append(
-                    f"different: {row.jax} in params is not the y of its state; pass "
-                    "the live parameters, not x"
-                )
-            if at_x:
-                values[row.jax] = _x(y, arrays, b1)
-                if "b1" in group and "x" not in arrays:
-                    # sf_torch keeps y meanwhile: made anew it is a rounding off.
-                    state[index]["y"] = to_tensor(
-                        row.to_torch(np.asarray(y), like.shape), like
-                    )
         scalars = [_group_scalars(owner, group, problems) for owner in owners.values()]
         if any(other != scalars[0] for other in scalars):
             problems.append(f"one PyTorch group for states that differ: {scalars}")
@@ -298,11 +305,12 @@ def to_torch(
     raise_all(problems, BUILD_ALIKE)
 
     def tensor(name: str) -> Any:
-        row = row_of.get(first.get(name))
-        if row is None or row.jax is None:
+        rows = rows_of.get(first.get(name, ""))
+        if not rows:
             return model[name]
         like = model[name]
-        return to_tensor(row.to_torch(np.asarray(values[row.jax]), like.shape), like)
+        parts = [np.asarray(values[row.jax]) for row in rows]
+        return to_tensor(joined(rows, parts, like.shape), like)
 
     first = first_names(model)
     return (

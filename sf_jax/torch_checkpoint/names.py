@@ -52,6 +52,10 @@ class Leaf:
         (C, H, W) image is ``split=(out, C, H, W), axes=(2, 3, 1, 0)``; one with heads
         is ``split=(heads, head_dim, in), axes=(2, 0, 1)``.
       flip: axes to reverse afterwards: the spatial ones of a transposed convolution.
+      part: (i, n) for the i-th, from 0, of n equal parts of the tensor's first axis,
+        where it becomes n leaves, each with a row of its own: the ``in_proj_weight`` of
+        ``nn.MultiheadAttention`` is query, key and value. ``split`` and ``axes`` are
+        then those of the part.
 
     Examples:
       >>> import numpy as np
@@ -67,16 +71,21 @@ class Leaf:
     axes: tuple[int, ...] | None = None
     split: tuple[int, ...] | None = None
     flip: tuple[int, ...] = ()
+    part: tuple[int, int] | None = None
 
     def to_jax(self, array: np.ndarray, shape: Shape) -> np.ndarray:
         """The tensor, or state of its shape, as the JAX leaf of this shape."""
+        if self.part is not None:
+            array = np.split(array, self.part[1])[self.part[0]]
         if self.split is None:
             return np.flip(array.transpose(self.axes or range(array.ndim)), self.flip)
         array = array.reshape(self.split).transpose(self.axes or range(len(self.split)))
         return np.flip(array, self.flip).reshape(shape)
 
     def to_torch(self, array: np.ndarray, shape: Shape) -> np.ndarray:
-        """The way back, to a tensor of this shape."""
+        """The way back, to a tensor of this shape, or to the row's part of it."""
+        if self.part is not None:
+            shape = (shape[0] // self.part[1], *shape[1:])
         before = self.split or shape
         axes = self.axes or tuple(range(len(before)))
         array = np.flip(array.reshape([before[axis] for axis in axes]), self.flip)
@@ -85,7 +94,7 @@ class Leaf:
     def __str__(self) -> str:
         options = [
             f"{name} {value}"
-            for name in ("split", "axes", "flip")
+            for name in ("part", "split", "axes", "flip")
             if (value := getattr(self, name))
         ]
         return ", ".join([f"{self.torch} -> {self.jax}", *options])
@@ -205,7 +214,16 @@ def check_names(
             if name not in counts and name not in settled
         ]
         problems += [f"unknown: {name}" for name in counts if name not in leaves]
-        problems += [f"named twice: {name}" for name, n in counts.items() if n > 1]
+        problems += [
+            f"named twice: {name}"
+            for name, n in counts.items()
+            if n > 1 and side == "jax"
+        ]
+    problems += [
+        f"not in whole parts: {name}, {', '.join(map(str, of_name))}"
+        for name, of_name in rows_by_tensor(rows).items()
+        if not _whole(of_name)
+    ]
     for row in rows:
         before, wanted = theirs.get(row.torch or ""), ours.get(row.jax or "")
         if before is not None and wanted is not None:
@@ -219,6 +237,26 @@ def check_names(
                     f"misshapen: {row.torch} {before} {becomes}, {row.jax} is {wanted}"
                 )
     return problems
+
+
+def rows_by_tensor(rows: Iterable[Leaf]) -> dict[str, list[Leaf]]:
+    """The rows of each tensor that becomes something, in the order of their parts."""
+    found: dict[str, list[Leaf]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row.part or (0, 1)):
+        if row.torch is not None and row.jax is not None:
+            found[row.torch].append(row)
+    return found
+
+
+def joined(rows: Sequence[Leaf], arrays: Sequence[np.ndarray], shape: Shape) -> Any:
+    """The tensor of this shape that the rows are parts of, from the leaves."""
+    parts = [row.to_torch(a, shape) for row, a in zip(rows, arrays, strict=True)]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _whole(rows: Sequence[Leaf]) -> bool:
+    n = len(rows)
+    return [row.part or (0, 1) for row in rows] == [(i, n) for i in range(n)]
 
 
 def raise_all(problems: Sequence[str], advice: str) -> None:
