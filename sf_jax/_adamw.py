@@ -43,6 +43,7 @@ from sf_jax._schedule_free import (
     SEQUENCES,
     Base,
     Iterates,
+    as_dtype,
     leaf_dtype,
     like,
     of_count,
@@ -88,17 +89,20 @@ def update_moments(
     b2: jax.typing.ArrayLike,
     inner_momentum: jax.typing.ArrayLike | None,
 ) -> AdamWState:
+    # Each coefficient is computed once, and not for every leaf.
+    share = complement(b2)
+
     # v + (1 - b) (g² - v), not b v + (1 - b) g²: rounded to float32, b and 1 - b do
     # not add up to 1, and over the memory of v the difference adds up too.
-    def mean(moment: jax.Array, value: jax.Array, b: jax.typing.ArrayLike) -> jax.Array:
+    def mean(moment: jax.Array, value: jax.Array, share: jax.Array) -> jax.Array:
         wide = widen(moment)
-        return (wide + like(complement(b), wide) * (value - wide)).astype(moment.dtype)
+        return as_dtype(wide + like(share, wide) * (value - wide), moment.dtype)
 
-    nu = jax.tree.map(lambda g, nu: mean(nu, abs_squared(g), b2), grads, moments.nu)
+    nu = jax.tree.map(lambda g, nu: mean(nu, abs_squared(g), share), grads, moments.nu)
     if inner_momentum is None or _checks.is_off(inner_momentum):
         return AdamWState(nu, moments.mu)
-    b = inner_momentum
-    mu = jax.tree.map(lambda g, mu: mean(mu, widen(g), b), grads, moments.mu)
+    share_of_mu = complement(inner_momentum)
+    mu = jax.tree.map(lambda g, mu: mean(mu, widen(g), share_of_mu), grads, moments.mu)
     return AdamWState(nu, mu)
 
 
@@ -130,7 +134,9 @@ def root(v: jax.Array) -> jax.Array:
     which is 0, is NaN. Here it is 0: v is 0 only while all gradients have been 0.
     """
     positive = v > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, v, 1)), 0)
+    # Not jnp.where, which makes a call in a call of it and an integer of 0.
+    some = jax.lax.select(positive, v, jax.lax.full_like(v, 1))
+    return jax.lax.select(positive, jnp.sqrt(some), jax.lax.full_like(v, 0))
 
 
 def positive_eps(

@@ -25,9 +25,11 @@ from sf_jax import _memory, _paths
 from sf_jax._paths import ROOT, Path, show
 from sf_jax._schedule_free import (
     ScheduleFreeState,
+    as_dtype,
     leaf_dtype,
     recover_x,
     recover_y,
+    recovery,
 )
 
 _SCALARS = ("count", "b1", "weight_ratio", "weight_ratio_lo", "lr_max")
@@ -48,6 +50,7 @@ class _Owned(NamedTuple):
     z: jax.Array
     x: jax.Array | None  # None: y and z give it
     b1: jax.Array
+    recovery: jax.Array | None  # (1 - β) / β, where a leaf of the state is lean
 
 
 def eval_params(state: Any, params: Any = None) -> Any:
@@ -102,8 +105,9 @@ def eval_params(state: Any, params: Any = None) -> Any:
 
     def to_x(leaf: _Owned, y: jax.Array) -> jax.Array:
         if leaf.x is not None:
-            return jnp.array(leaf.x, jnp.result_type(y), copy=True)
-        return recover_x(jnp.asarray(y), leaf.z, leaf.b1)
+            x = _memory.on_device(leaf.x)
+            return jnp.array(x, jnp.result_type(y), copy=True)
+        return recover_x(y, leaf.z, leaf.recovery)
 
     return _map_owned(to_x, found, params)
 
@@ -149,7 +153,7 @@ def train_params(state: Any, params: Any) -> Any:
     def to_y(leaf: _Owned, x: jax.Array) -> jax.Array:
         # Arithmetic in the wider of the two, as in the update.
         dtype = jnp.result_type(x)
-        x = leaf.x if leaf.x is not None else jnp.asarray(x)
+        x = jnp.asarray(x) if leaf.x is None else _memory.on_device(leaf.x)
         z = leaf.z.astype(max(leaf_dtype(leaf.z), leaf_dtype(x), key=_bits))
         return recover_y(x, z, leaf.b1).astype(dtype)
 
@@ -206,9 +210,9 @@ def check_params(state: Any, params: Any = None) -> None:
             continue
         known += 1
         wide = leaf_dtype(leaf.z)
-        x, z, y, b1 = map(_memory.on_device, (leaf.x, leaf.z, param, leaf.b1))
+        x, z, y = map(_memory.on_device, (leaf.x, leaf.z, param))
         x, z, y = (jnp.asarray(a, wide) for a in (x, z, y))
-        expected = recover_y(x, z, b1)
+        expected = recover_y(x, z, leaf.b1)
         distance = float(jnp.max(jnp.abs(y - expected.astype(jnp.result_type(param)))))
         size = max(float(jnp.max(jnp.abs(a))) for a in (x, z, y))
         # Under optax.flatten the vector is as exact as its narrowest part.
@@ -359,10 +363,12 @@ def _is_empty(node: Any) -> bool:
 
 def _owned_leaves(found: _Found) -> dict[Path, _Owned]:
     state = found.state
-    stored, b1 = _paths.leaves(state.x), jnp.asarray(_scalar(state.b1))
+    stored, z = _paths.leaves(state.x), _paths.leaves(state.z)
+    b1 = _memory.on_device(jnp.asarray(_scalar(state.b1)))
+    way = recovery(b1) if stored.keys() != z.keys() else None
     return {
-        path: _Owned(jnp.asarray(z), stored.get(path), b1)
-        for path, z in _paths.leaves(state.z).items()
+        path: _Owned(as_dtype(leaf, leaf.dtype), stored.get(path), b1, way)
+        for path, leaf in z.items()
     }
 
 
@@ -409,8 +415,8 @@ def _map_owned(fn: Any, found: Sequence[_Found], params: Any) -> Any:
     def computed(leaf: _Owned | None, param: Any) -> Any:
         if leaf is None:
             return own(param)
-        inside = jax.tree.map(_memory.on_device, (leaf, param))
-        return _memory.beside(fn(*inside), param)
+        inside = leaf._replace(z=_memory.on_device(leaf.z))
+        return _memory.beside(fn(inside, _memory.on_device(param)), param)
 
     leaves, rebuild = _match(found, params)
     return rebuild([computed(leaf, param) for _, leaf, param in leaves])
@@ -426,14 +432,14 @@ def _match(
     where = _paths.paths(params)  # first, since it refuses what cannot be walked
     flat, structure = jax.tree.flatten(params)
     rebuild: Callable[[list[Any]], Any] = partial(jax.tree.unflatten, structure)
-    if where != [ROOT] and any(ROOT in _paths.paths(one.state.z) for one in found):
+    leaves_of = [_owned_leaves(one) for one in found]
+    if where != [ROOT] and any(ROOT in leaves for leaves in leaves_of):
         # One vector owns the whole tree: optax.flatten made it.
         vector, unravel = ravel_pytree(params)
         flat, where, rebuild = [vector], [ROOT], lambda leaves: unravel(*leaves)
 
     owned: dict[Path, _Owned] = {}
-    for one in found:
-        leaves = _owned_leaves(one)
+    for one, leaves in zip(found, leaves_of, strict=True):
         pairs = _paths.pair(leaves, where, one.plain)
         for path, leaf in leaves.items():
             if path not in pairs:

@@ -194,7 +194,7 @@ def schedule_free_muon(
     _checks.eps(eps)
     _checks.weight_decay(weight_decay)
     _checks.floating_dtype("moment_dtype", moment_dtype)
-    step_size = _averaging.scheduled(learning_rate, warmup_steps)
+    lr = _averaging.schedule(_averaging.scheduled(learning_rate, warmup_steps))
     numbers = muon_weight_dimension_numbers
     if callable(numbers) and not is_function(numbers):
         # optax would call a tree that is callable as a whole.
@@ -211,9 +211,6 @@ def schedule_free_muon(
         "preconditioning": preconditioning,
     }
     options = {name: value for name, value in options.items() if value is not None}
-
-    def lr(count: jax.Array) -> jax.Array:
-        return step_size(count).hi
 
     least = positive_eps(eps)
     if row_b2 is None:

@@ -105,9 +105,9 @@ def schedule_free_prodigy(
     _checks.eps(eps)
     _checks.weight_decay(weight_decay)
     _checks.floating_dtype("moment_dtype", moment_dtype)
-    step_size = _averaging.scheduled(learning_rate, warmup_steps)
+    lr = _averaging.schedule(_averaging.scheduled(learning_rate, warmup_steps))
     prodigy = optax.contrib.prodigy(
-        lambda count: step_size(count).hi,
+        lr,
         betas=(inner_momentum, b2),
         eps=positive_eps(eps),
         estim_lr0=estim_lr0,
@@ -122,7 +122,7 @@ def schedule_free_prodigy(
     )
     return schedule_free(
         with_moment_dtype(prodigy, moment_dtype),
-        lambda count: step_size(count).hi,
+        lr,
         b1,
         weight_lr_power,
         state_dtype,

@@ -35,6 +35,7 @@ References:
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -42,7 +43,7 @@ import jax.numpy as jnp
 import optax
 
 from sf_jax import _averaging, _checks, _double, _memory, _meshes
-from sf_jax._averaging import Average, Mean, Weights
+from sf_jax._averaging import Average, Mean, Weights, once
 from sf_jax._double import Double, double, scalar_dtype
 
 SEQUENCES = ("y", "z", "x")
@@ -80,8 +81,10 @@ class Iterates:
 
     @property
     def x(self) -> optax.Params:
+        lean = any(map(is_lean, jax.tree.leaves(self.stored_x, is_leaf=is_lean)))
+        way = recovery(self.b1) if lean else None
         return jax.tree.map(
-            lambda z, y, x: recover_x(y, z, self.b1) if is_lean(x) else x,
+            lambda z, y, x: recover_x(y, z, way) if is_lean(x) else x,
             self.z,
             self.y,
             self.stored_x,
@@ -190,7 +193,7 @@ def rule(
             )
         check(state, params)
         _checks.same_structure(grads, params)
-        grads = jax.tree.map(lambda z, g: jnp.asarray(g, leaf_dtype(z)), state.z, grads)
+        grads = jax.tree.map(lambda z, g: as_dtype(g, leaf_dtype(z)), state.z, grads)
         stored_x = per_leaf(state.x, state.z)
         y = jax.tree.map(
             # The parameter is y itself, or a rounded copy of it.
@@ -206,6 +209,7 @@ def rule(
         lr, step_size_state = step_size.update(
             state.step_size_state, state.count, grads, iterates, extra_args
         )
+        lr = once(state.count, lr)
         displacement, base_state = base.update(
             grads, state.base_state, iterates, state.count, lr.hi, extra_args
         )
@@ -220,19 +224,22 @@ def rule(
         if average is not None:
             share = average(state.count, lr.hi, b1_of_y, ckp1)
             ckp1 = jnp.asarray(share, scalar_dtype())
+        ckp1 = once(state.count, ckp1)
         if any(jax.tree.leaves(_lean_leaves(state))):
             # Computed only where needed: they divide by β, which may be 0 where x is
             # stored.
-            lean_coefficients = _lean_coefficients(ckp1, b1_of_y, state.b1)
+            lean_coefficients = once(
+                state.count, _lean_coefficients(ckp1, b1_of_y, state.b1)
+            )
 
         def move_z(z: jax.Array, u: jax.Array) -> jax.Array:
-            return (widen(z) + widen(u)).astype(z.dtype)
+            return as_dtype(widen(z) + widen(u), z.dtype)
 
         def move_x(x: jax.Array, z: jax.Array) -> jax.Array:
             if is_lean(x):
                 return x
             x, z = widen(x), widen(z)
-            return (x + like(ckp1, x) * (z - x)).astype(z.dtype)
+            return as_dtype(x + like(ckp1, x) * (z - x), z.dtype)
 
         def move_y(
             z: jax.Array, next_z: jax.Array, p: jax.Array, next_x: jax.Array
@@ -243,10 +250,11 @@ def rule(
                 # makes one fusion of the step, with no array beyond inputs and outputs.
                 z, next_z, y = widen(z), widen(next_z), widen(p)
                 z_coefficient, step_coefficient = lean_coefficients
-                return (
+                return as_dtype(
                     like(z_coefficient, y) * (z - y)
-                    + like(step_coefficient, y) * (next_z - z)
-                ).astype(dtype)
+                    + like(step_coefficient, y) * (next_z - z),
+                    dtype,
+                )
             next_y = recover_y(next_x, next_z, jnp.asarray(b1_of_y, scalar_dtype()))
             # The update leads from p to y' as rounded to p's dtype, so that rounding
             # errors of p do not accumulate over steps.
@@ -416,21 +424,35 @@ def schedule_free(
     )
 
 
-def recover_x(y: jax.Array, z: jax.Array, b1: jax.Array) -> jax.Array:
+def recovery(b1: jax.typing.ArrayLike) -> jax.Array:
+    """``(1 - β) / β``, for :func:`recover_x`."""
+    return (1 - b1) / b1
+
+
+# Compiled, so that outside of jit a leaf is one call and not one for each operation.
+@partial(jax.jit, inline=True)
+def recover_x(y: jax.Array, z: jax.Array, recovery: jax.Array) -> jax.Array:
     """``x = y + ((1 - β) / β) (y - z)``, in y's dtype."""
     y_wide, z_wide = widen(y), widen(z)
-    return (y_wide + like((1 - b1) / b1, y_wide) * (y_wide - z_wide)).astype(y.dtype)
+    return as_dtype(y_wide + like(recovery, y_wide) * (y_wide - z_wide), y.dtype)
 
 
 def recover_y(x: jax.Array, z: jax.Array, b1: jax.Array) -> jax.Array:
     """``y = x + (1 - β) (z - x)``, in z's dtype."""
     x_wide, z_wide = widen(x), widen(z)
-    return (x_wide + like(1 - b1, x_wide) * (z_wide - x_wide)).astype(z.dtype)
+    return as_dtype(x_wide + like(1 - b1, x_wide) * (z_wide - x_wide), z.dtype)
 
 
 def widen(leaf: jax.Array) -> jax.Array:
     """The leaf in the dtype for arithmetic: its own, at least float32."""
-    return jnp.asarray(leaf, leaf_dtype(leaf))
+    return as_dtype(leaf, leaf_dtype(leaf))
+
+
+def as_dtype(array: jax.typing.ArrayLike, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """``jnp.asarray``, which takes its time even where there is nothing to do."""
+    if isinstance(array, jax.Array) and array.dtype == dtype and not array.weak_type:
+        return array
+    return jnp.asarray(array, dtype)
 
 
 def may_be_zero(b1: jax.typing.ArrayLike) -> bool:
@@ -458,7 +480,7 @@ def leaf_dtype(
 
     Complex for complex leaves and real for real ones, whichever of them dtype is.
     """
-    own = jnp.result_type(leaf)
+    own = leaf.dtype if isinstance(leaf, jax.Array) else jnp.result_type(leaf)
     if dtype is None:
         # Not by promotion, which float8 and strict modes have none of.
         return own if jnp.finfo(own).bits >= 32 else jnp.dtype(jnp.float32)
@@ -469,7 +491,7 @@ def leaf_dtype(
 
 def like(scalar: jax.typing.ArrayLike, leaf: jax.Array) -> jax.Array:
     """The scalar in the leaf's real dtype; float64 scalars must not promote leaves."""
-    return jnp.asarray(scalar, jnp.finfo(leaf.dtype).dtype)
+    return as_dtype(scalar, jnp.finfo(leaf.dtype).dtype)
 
 
 def _lean_coefficients(
@@ -511,31 +533,30 @@ def _placed_like(z: optax.Params, state: optax.OptState) -> optax.OptState:
     def place(path: tuple[Any, ...], leaf: Any) -> Any:
         for start in range(len(path) + 1):
             param = by_path.get(path[start:])
-            if (
-                param is not None
-                and param.ndim
-                and _covers(param.shape, jnp.shape(leaf))
-            ):
-                if isinstance(param, jax.core.Tracer):
-                    leaf = leaf + _nothing(param, leaf)
+            if param is not None and _covers(jnp.shape(param), jnp.shape(leaf)):
+                if isinstance(param, jax.core.Tracer) and param.ndim:
+                    leaf = _plus_nothing(_memory.on_device(param), leaf)
                 return _memory.beside(leaf, param)
         return leaf
 
     return jax.tree.map_with_path(place, state)
 
 
-def _nothing(param: jax.Array, leaf: jax.Array) -> jax.Array:
-    """Zeros like leaf that depend on param."""
-    nothing = jax.lax.optimization_barrier(jnp.abs(_memory.on_device(param))) < 0
+# Compiled, so that it is traced once for all leaves of one shape.
+@jax.jit
+def _plus_nothing(param: jax.Array, leaf: jax.Array) -> jax.Array:
+    """The same leaf, as a sum of which a part depends on param."""
+    nothing = jax.lax.optimization_barrier(jnp.abs(param)) < 0
     # Means of rows have size 1 where the leaf has more.
     summed = tuple(axis for axis, size in enumerate(leaf.shape) if size == 1)
-    return jnp.any(nothing, axis=summed, keepdims=True).astype(leaf.dtype)
+    return leaf + jnp.any(nothing, axis=summed, keepdims=True).astype(leaf.dtype)
 
 
 def _covers(shape: tuple[int, ...], part: tuple[int, ...]) -> bool:
     """Whether part is shape, or shape with some sizes replaced by 1."""
-    return len(shape) == len(part) and all(
-        p in (1, size) for size, p in zip(shape, part, strict=True)
+    return shape == part or (
+        len(shape) == len(part)
+        and all(p in (1, size) for size, p in zip(shape, part, strict=True))
     )
 
 
