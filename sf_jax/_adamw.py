@@ -44,6 +44,7 @@ from sf_jax._schedule_free import (
     Base,
     Iterates,
     as_dtype,
+    downhill,
     leaf_dtype,
     like,
     of_count,
@@ -190,7 +191,7 @@ def adamw_base(
             adam, numerator(grads, moments, inner_momentum, count), moments.nu
         )
         direction = add_decay(direction, iterates, decay, decay_at, mask)
-        return jax.tree.map(lambda d: -like(lr, d) * d, direction), moments
+        return downhill(direction, lr), moments
 
     return Base(lambda z: init_moments(z, inner_momentum, moment_dtype), update)
 

@@ -32,7 +32,7 @@ from sf_jax._adamw import AdamWState, denominator, init_moments, update_moments
 from sf_jax._averaging import Average, complement, one_minus_power, steps_taken
 from sf_jax._decay import Mask, add_decay
 from sf_jax._double import Double, double, scalar_dtype
-from sf_jax._schedule_free import Base, Iterates, like, of_count, rule, widen
+from sf_jax._schedule_free import Base, Iterates, downhill, of_count, rule, widen
 
 # L(h) = coth h - 1/h as a series: coefficients of h, h³, h⁵, ...
 _LANGEVIN = (
@@ -107,7 +107,7 @@ def radam_base(
         direction = add_decay(
             jax.tree.map(radam, grads, moments.nu), iterates, weight_decay, "y", mask
         )
-        return jax.tree.map(lambda d: -like(lr, d) * d, direction), moments
+        return downhill(direction, lr), moments
 
     return Base(lambda z: init_moments(z, None, moment_dtype), update)
 

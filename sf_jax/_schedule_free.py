@@ -494,6 +494,12 @@ def like(scalar: jax.typing.ArrayLike, leaf: jax.Array) -> jax.Array:
     return as_dtype(scalar, jnp.finfo(leaf.dtype).dtype)
 
 
+def downhill(direction: optax.Updates, lr: jax.Array) -> optax.Updates:
+    """``u = -lr d`` for each leaf."""
+    factor = -lr
+    return jax.tree.map(lambda d: like(factor, d) * d, direction)
+
+
 def _lean_coefficients(
     ckp1: jax.Array,
     b1: jax.typing.ArrayLike,

@@ -18,7 +18,15 @@ import optax
 from sf_jax import _averaging, _checks
 from sf_jax._averaging import Average
 from sf_jax._decay import Mask, add_decay
-from sf_jax._schedule_free import SEQUENCES, Base, Iterates, like, of_count, rule, widen
+from sf_jax._schedule_free import (
+    SEQUENCES,
+    Base,
+    Iterates,
+    downhill,
+    of_count,
+    rule,
+    widen,
+)
 
 
 def sgd_base(
@@ -35,7 +43,7 @@ def sgd_base(
         direction = add_decay(
             jax.tree.map(widen, grads), iterates, weight_decay, decay_at, mask
         )
-        return jax.tree.map(lambda d: -like(lr, d) * d, direction), state
+        return downhill(direction, lr), state
 
     return Base(lambda z: optax.EmptyState(), update)
 

@@ -1,0 +1,94 @@
+"""Thousands of leaves: as much is traced and compiled for each of them."""
+
+import re
+from collections import Counter
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax_steps import FAMILY, OPTIMIZERS, OVER_OPTAX, compile_step
+
+import sf_jax
+
+MAKE = {name: optimizer.make for name, optimizer in (OPTIMIZERS | FAMILY).items()}
+MAKE |= {name: ours for name, (ours, _) in OVER_OPTAX.items()}
+LEAF = jax.ShapeDtypeStruct((4, 6), jnp.float32)
+
+
+def equations(jaxpr):
+    """Of all depths."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            if hasattr(value, "jaxpr"):
+                yield from equations(value.jaxpr)
+
+
+def traced(tx, leaves):
+    """How many equations init and update have, and how many of update are scalars."""
+    params = [LEAF] * leaves
+    update = optax.with_extra_args_support(tx).update
+    init, state = jax.make_jaxpr(tx.init, return_shape=True)(params)
+    step = jax.make_jaxpr(lambda g, s, p: update(g, s, p, value=1.0))(
+        params, state, params
+    )
+    found = list(equations(step.jaxpr))
+    scalars = [e for e in found if all(v.aval.shape == () for v in e.outvars)]
+    return len(list(equations(init.jaxpr))), len(found), len(scalars)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_equations_grow_by_as_many_for_each_leaf(name):
+    two, four, eight = (traced(MAKE[name](), leaves) for leaves in (2, 4, 8))
+    for a, b, c in zip(two, four, eight, strict=True):
+        assert c - b == 2 * (b - a)
+    if name not in OVER_OPTAX:
+        # Coefficients are computed once. ScheduleFree+ has for each leaf two sums, a
+        # division by β and two additions to the totals.
+        assert eight[2] - four[2] == (5 * 4 if name == "plus" else 0)
+
+
+def instructions(make, leaves):
+    """Of the compiled step, by the shape and kind of their results."""
+    text = compile_step(make(), [LEAF] * leaves).as_text()
+    return Counter(re.findall(r" = (\S+?)(?:\{\S*\})? ([\w-]+)\(", text))
+
+
+def for_each_leaf(make):
+    """How many instructions a leaf adds, and how many of them compute scalars."""
+    grown = instructions(make, 4)
+    grown.subtract(instructions(make, 2))
+    moved = ("parameter", "constant", "bitcast")
+    scalars = sum(
+        number
+        for (shape, kind), number in grown.items()
+        if shape == "f32[]" and kind not in moved
+    )
+    return sum(grown.values()) / 2, scalars / 2
+
+
+@pytest.mark.skipif("jax.default_backend() != 'cpu'", reason="about fusions on CPUs")
+@pytest.mark.parametrize("name", ["adamw", "adamw_paper", "adamw_algoperf", "muon"])
+def test_no_leaf_computes_the_numbers_of_the_step(name):
+    """XLA fuses cheap scalars into every loop that wants them."""
+    all_of_it, scalars = for_each_leaf(partial(MAKE[name], warmup_steps=10))
+    base = OVER_OPTAX[name][1] if name in OVER_OPTAX else None
+    assert scalars <= 2 + (for_each_leaf(lambda: base)[1] if base else 0)
+    if name == "adamw":
+        theirs, _ = for_each_leaf(partial(optax.contrib.schedule_free_adamw, 0.01, 10))
+        assert all_of_it <= theirs
+
+
+def test_x_of_a_leaf_is_one_call():
+    """Outside of jit each operation is a call, and calls are what many leaves cost."""
+    tx = sf_jax.schedule_free_sgd(0.1)
+    params = [jnp.ones((4, 6))] * 3
+    state = tx.init(params)
+    x = jax.make_jaxpr(lambda s, p: sf_jax.eval_params(s, p))(state, params)
+    fewer = jax.make_jaxpr(lambda s, p: sf_jax.eval_params(s, p))(
+        tx.init(params[:2]), params[:2]
+    )
+    # y - z, times (1 - β) / β, plus y
+    assert len(x.jaxpr.eqns) - len(fewer.jaxpr.eqns) == 3
