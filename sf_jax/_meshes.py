@@ -104,9 +104,9 @@ def whole(
 def varying(leaf: Any) -> frozenset[str]:
     """The mesh axes of shard_map along which devices hold different values."""
     aval = jax.typeof(leaf)
-    # JAX 0.10 put it into an object; before, and where nothing is mapped, it is vma.
+    # JAX 0.10 has put it into an object; before it was vma, and at first nothing.
     kind = getattr(aval, "manual_axis_type", None)
-    return aval.vma if kind is None else kind.varying
+    return getattr(aval, "vma", frozenset()) if kind is None else kind.varying
 
 
 def manual_axes() -> tuple[str, ...]:
