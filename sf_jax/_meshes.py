@@ -117,8 +117,8 @@ def manual_axes() -> tuple[str, ...]:
 def is_unknown() -> bool:
     """Whether the caller is mapped, and types do not say which values differ.
 
-    So it is in pmap, and in shard_map with ``check_vma=False``: not even a device's own
-    index differs there.
+    So it is in shard_map with ``check_vma=False``, and in pmap, which is seen since
+    JAX 0.8: not even a device's own index differs there.
     """
     return any(not varying(jax.lax.axis_index(axis)) for axis in manual_axes())
 

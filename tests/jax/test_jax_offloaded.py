@@ -20,6 +20,8 @@ MAKE = {
     "prodigy": sf_jax.schedule_free_prodigy,  # keeps the first z
 }
 KINDS = ("device", "pinned_host")
+HAS_BOTH = set(KINDS) <= {m.kind for m in jax.devices()[0].addressable_memories()}
+pytestmark = pytest.mark.skipif(not HAS_BOTH, reason="a JAX with one memory on CPUs")
 
 
 @pytest.fixture(scope="module", params=["sharded", "single"])

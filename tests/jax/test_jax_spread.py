@@ -29,6 +29,12 @@ MAKE = {
 ACROSS = ("muon", "normuon", "prodigy")  # those that refuse parts
 WHOLE = {"w": MATRIX, "u": MATRIX[::-1].copy(), "b": MATRIX[0]}
 SPECS = {"w": P("data", "model"), "u": P(None, "model"), "b": P()}
+explicit = pytest.mark.skipif(
+    not hasattr(jax, "set_mesh"), reason="explicit meshes were not yet public"
+)
+mapped_pmap = pytest.mark.skipif(
+    jax.__version_info__ < (0, 8), reason="pmap was not yet a shard_map, and not seen"
+)
 EACH = 8.0  # how far apart the losses of two neighbours are
 
 
@@ -88,6 +94,7 @@ def specs_of(state):
 # Explicit meshes
 
 
+@explicit
 @pytest.mark.parametrize(
     ("name", "compiled"),
     [*((name, True) for name in MAKE), ("normuon", False), ("prodigy", False)],
@@ -108,6 +115,7 @@ def test_an_explicit_mesh_gives_the_run_of_one_device(name, compiled, on_one_dev
         assert jax.typeof(before).sharding.spec == jax.typeof(after).sharding.spec
 
 
+@explicit
 def test_numbers_that_lie_on_an_explicit_mesh_are_refused_by_their_cause():
     mesh = mesh_of(AxisType.Explicit)
     with jax.set_mesh(mesh):
@@ -150,13 +158,18 @@ def test_a_part_of_a_leaf_is_refused_and_a_whole_one_is_not(name):
         with pytest.raises(ValueError, match="per_device=True"):
             mapped(tx, spec, check_vma=False)
     params = {"w": jnp.asarray(MATRIX)}
-    stacked = jax.tree.map(lambda p: jnp.stack([p] * 2), (params, tx.init(params)))
-    with pytest.raises(ValueError, match="per_device=True"):
-        jax.pmap(tx.update)(stacked[0], stacked[1], stacked[0])
-
     expected = tx.update(params, tx.init(params), params)[0]["w"]
     assert_close(mapped(tx, P()), expected)
     assert_close(mapped(MAKE[name](per_device=True), P(), check_vma=False), expected)
+
+
+@mapped_pmap
+@pytest.mark.parametrize("name", ACROSS)
+def test_parts_in_pmap_are_refused(name):
+    tx, params = MAKE[name](), {"w": jnp.asarray(MATRIX)}
+    stacked = jax.tree.map(lambda p: jnp.stack([p] * 2), (params, tx.init(params)))
+    with pytest.raises(ValueError, match="per_device=True"):
+        jax.pmap(tx.update)(stacked[0], stacked[1], stacked[0])
 
 
 def test_a_model_on_each_device_moves_as_if_alone():
@@ -251,12 +264,14 @@ def replicas_of_plus(axis_name, loss):
     return float(jnp.max(jnp.abs(params["w"] - params["w"][:1])))
 
 
+@mapped_pmap
 def test_replicas_of_plus_do_not_part_unnoticed():
     with pytest.raises(ValueError, match=r"axis_name=\(\)"):
         replicas_of_plus(None, lambda loss: loss)
     assert replicas_of_plus((), partial(jax.lax.pmean, axis_name="data")) == 0
 
-    # With check_vma the same is seen in the types: of the loss, and of gradients.
+
+def test_a_loss_or_gradients_of_a_replica_are_refused():
     tx = MAKE["plus"]()
     params = jax.tree.map(jnp.asarray, WHOLE)
     for grads_differ, message in ((False, "the loss"), (True, "Pass their mean")):
