@@ -260,36 +260,36 @@ def to_torch(
         owners = {}
         for index in group["params"]:
             name = order.get(index, "")
-            of_name = rows_of.get(name, [])
+            of_name = rows_of.get(name, {})
             if not of_name:
                 continue
-            if any(row.jax not in states for row in of_name):
+            if any(path not in states for path in of_name):
                 problems.append(f"missing: a Schedule-Free state for {name}")
                 continue
             like = model[name]
             by_key: dict[str, list[np.ndarray]] = defaultdict(list)
             dtypes: dict[str, Any] = {}
-            for row in of_name:
-                owner, arrays = states[row.jax]
+            for path in of_name:
+                owner, arrays = states[path]
                 owners[id(owner)] = owner
-                moved.add(row.jax)
+                moved.add(path)
                 for key, array in arrays.items():
                     by_key[key].append(np.asarray(array))
                     dtypes[key] = array.dtype
-                y, b1 = values[row.jax], _b1(owner, Scalars.of(group), problems)
+                y, b1 = values[path], _b1(owner, Scalars.of(group), problems)
                 if what_it_holds(np.asarray(y), _numpy(arrays), b1) in ("x", ""):
                     problems.append(
-                        f"different: {row.jax} in params is not the y of its state; "
+                        f"different: {path} in params is not the y of its state; "
                         "pass the live parameters, not x"
                     )
                 if at_x:
-                    values[row.jax] = _x(y, arrays, b1)
+                    values[path] = _x(y, arrays, b1)
                     if "b1" in group and "x" not in arrays:
                         # sf_torch keeps y meanwhile: made anew it is a rounding off.
                         by_key["y"].append(np.asarray(y))
             state[index] = {
                 key: to_tensor(
-                    joined(of_name, parts, like.shape), like, dtypes.get(key)
+                    joined(of_name.values(), parts, like.shape), like, dtypes.get(key)
                 )
                 for key, parts in by_key.items()
             }
@@ -309,8 +309,8 @@ def to_torch(
         if not rows:
             return model[name]
         like = model[name]
-        parts = [np.asarray(values[row.jax]) for row in rows]
-        return to_tensor(joined(rows, parts, like.shape), like)
+        parts = [np.asarray(values[path]) for path in rows]
+        return to_tensor(joined(rows.values(), parts, like.shape), like)
 
     first = first_names(model)
     return (

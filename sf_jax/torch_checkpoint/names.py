@@ -220,9 +220,9 @@ def check_names(
             if n > 1 and side == "jax"
         ]
     problems += [
-        f"not in whole parts: {name}, {', '.join(map(str, of_name))}"
+        f"not in whole parts: {name}, {', '.join(map(str, of_name.values()))}"
         for name, of_name in rows_by_tensor(rows).items()
-        if not _whole(of_name)
+        if not _whole(of_name.values())
     ]
     for row in rows:
         before, wanted = theirs.get(row.torch or ""), ours.get(row.jax or "")
@@ -239,24 +239,27 @@ def check_names(
     return problems
 
 
-def rows_by_tensor(rows: Iterable[Leaf]) -> dict[str, list[Leaf]]:
-    """The rows of each tensor that becomes something, in the order of their parts."""
-    found: dict[str, list[Leaf]] = defaultdict(list)
+def rows_by_tensor(rows: Iterable[Leaf]) -> dict[str, dict[str, Leaf]]:
+    """For each tensor that becomes something its rows by leaf, in order of their parts.
+
+    A tensor that becomes one leaf has one row.
+    """
+    found: dict[str, dict[str, Leaf]] = defaultdict(dict)
     for row in sorted(rows, key=lambda row: row.part or (0, 1)):
         if row.torch is not None and row.jax is not None:
-            found[row.torch].append(row)
+            found[row.torch][row.jax] = row
     return found
 
 
-def joined(rows: Sequence[Leaf], arrays: Sequence[np.ndarray], shape: Shape) -> Any:
+def joined(rows: Iterable[Leaf], arrays: Iterable[np.ndarray], shape: Shape) -> Any:
     """The tensor of this shape that the rows are parts of, from the leaves."""
     parts = [row.to_torch(a, shape) for row, a in zip(rows, arrays, strict=True)]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _whole(rows: Sequence[Leaf]) -> bool:
-    n = len(rows)
-    return [row.part or (0, 1) for row in rows] == [(i, n) for i in range(n)]
+def _whole(rows: Iterable[Leaf]) -> bool:
+    parts = [row.part or (0, 1) for row in rows]
+    return parts == [(i, len(parts)) for i in range(len(parts))]
 
 
 def raise_all(problems: Sequence[str], advice: str) -> None:
