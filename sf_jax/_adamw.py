@@ -39,11 +39,11 @@ from sf_jax import _averaging, _checks, _double
 from sf_jax._averaging import Average, complement, one_minus_power
 from sf_jax._decay import Mask, add_decay
 from sf_jax._double import Double, double
+from sf_jax._rounding import NEAREST, Rounding, rounding_of
 from sf_jax._schedule_free import (
     SEQUENCES,
     Base,
     Iterates,
-    as_dtype,
     downhill,
     leaf_dtype,
     like,
@@ -89,6 +89,8 @@ def update_moments(
     moments: AdamWState,
     b2: jax.typing.ArrayLike,
     inner_momentum: jax.typing.ArrayLike | None,
+    count: jax.Array,
+    rounding: Rounding = NEAREST,
 ) -> AdamWState:
     # Each coefficient is computed once, and not for every leaf.
     share = complement(b2)
@@ -97,14 +99,17 @@ def update_moments(
     # not add up to 1, and over the memory of v the difference adds up too.
     def mean(moment: jax.Array, value: jax.Array, share: jax.Array) -> jax.Array:
         wide = widen(moment)
-        return as_dtype(wide + like(share, wide) * (value - wide), moment.dtype)
+        return wide + like(share, wide) * (value - wide)
 
+    # Whoever divides by the root of v takes it as it was rounded: with bfloat16 moments
+    # a TPU then makes one fusion of the step.
     nu = jax.tree.map(lambda g, nu: mean(nu, abs_squared(g), share), grads, moments.nu)
+    nu = rounding.tree(nu, moments.nu, "v", count)
     if inner_momentum is None or _checks.is_off(inner_momentum):
         return AdamWState(nu, moments.mu)
     share_of_mu = complement(inner_momentum)
     mu = jax.tree.map(lambda g, mu: mean(mu, widen(g), share_of_mu), grads, moments.mu)
-    return AdamWState(nu, mu)
+    return AdamWState(nu, rounding.tree(mu, moments.mu, "m", count))
 
 
 def numerator(
@@ -166,6 +171,7 @@ def adamw_base(
     mask: Mask | None,
     moment_dtype: jax.typing.DTypeLike | None,
     variant: str = "standard",
+    rounding: Rounding = NEAREST,
 ) -> Base:
     def update(
         grads: optax.Updates,
@@ -175,7 +181,7 @@ def adamw_base(
         lr: jax.Array,
         extra_args: dict[str, Any],
     ) -> tuple[optax.Updates, AdamWState]:
-        moments = update_moments(grads, moments, b2, inner_momentum)
+        moments = update_moments(grads, moments, b2, inner_momentum, count, rounding)
         correction, decay = one_minus_power(b2, count), weight_decay
         if variant == "algoperf":
             lr = lr * jnp.sqrt(correction)
@@ -214,6 +220,8 @@ def schedule_free_adamw(
     store_x: bool = False,
     moment_dtype: jax.typing.DTypeLike | None = None,
     variant: str = "standard",
+    rounding: str = "nearest",
+    seed: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Schedule-Free AdamW.
 
@@ -256,6 +264,13 @@ def schedule_free_adamw(
         mean stands still: what a step adds is rounded away.
       variant: where the bias correction of v stands: "standard" (in the
         denominator), "paper" or "algoperf" (see the module).
+      rounding: "nearest", or "stochastic" for bfloat16 arrays, with
+        ``state_dtype=jnp.bfloat16``: y (of bfloat16 params), z, x, and the moments
+        where ``moment_dtype`` is bfloat16 too. Rounded at random, small steps are not
+        lost. The random bits depend on ``seed``, the count and the place of an element
+        alone; within ``shard_map`` that is its place in the shard.
+      seed: from 0 to 2^32 - 1, of the random bits. The state does not hold it: a run
+        that goes on needs the same one for the same bits.
 
     Returns:
       An optax transformation whose state is a ``ScheduleFreeState``; its updates have
@@ -263,7 +278,9 @@ def schedule_free_adamw(
 
     Raises:
       ValueError: b1, b2 or ``inner_momentum`` out of range, a negative learning rate,
-        eps, weight decay or number of steps, an unknown ``decay_at`` or ``variant``.
+        eps, weight decay or number of steps, an unknown ``decay_at``, ``variant`` or
+        ``rounding``, a seed out of range, or ``rounding="stochastic"`` with another
+        ``state_dtype`` than bfloat16.
       TypeError: ``warmup_steps`` that is not a whole number.
 
     Examples:
@@ -293,6 +310,7 @@ def schedule_free_adamw(
     _averaging.check_average(average, r, weight_lr_power)
     _checks.floating_dtype("moment_dtype", moment_dtype)
     _checks.choice("variant", variant, VARIANTS)
+    at_random = rounding_of(rounding, seed, state_dtype)
     step_size = _averaging.scheduled(learning_rate, warmup_steps)
     if variant == "paper":
         step_size = _with_bias_correction(step_size, b2)
@@ -308,6 +326,7 @@ def schedule_free_adamw(
             mask,
             moment_dtype,
             variant,
+            at_random,
         ),
         of_count(step_size),
         _averaging.polynomial_mean(r, weight_lr_power),
@@ -315,6 +334,7 @@ def schedule_free_adamw(
         average=average,
         state_dtype=state_dtype,
         store_x=store_x,
+        rounding=at_random,
     )
 
 

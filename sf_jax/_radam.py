@@ -96,7 +96,7 @@ def radam_base(
         lr: jax.Array,
         extra_args: dict[str, Any],
     ) -> tuple[optax.Updates, AdamWState]:
-        moments = update_moments(grads, moments, b2, None)
+        moments = update_moments(grads, moments, b2, None, count)
         correction = one_minus_power(b2, count)
         rectified = rho(b2, count) > 4
 

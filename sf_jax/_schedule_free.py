@@ -45,6 +45,7 @@ import optax
 from sf_jax import _averaging, _checks, _double, _memory, _meshes
 from sf_jax._averaging import Average, Mean, Weights, once
 from sf_jax._double import Double, double, scalar_dtype
+from sf_jax._rounding import NEAREST, Rounding, numbered
 
 SEQUENCES = ("y", "z", "x")
 
@@ -138,6 +139,7 @@ def rule(
     average: Average | None = None,
     state_dtype: jax.typing.DTypeLike | None = None,
     store_x: bool = False,
+    rounding: Rounding = NEAREST,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds an optimizer from the four seams; every public optimizer calls this."""
     _checks.interpolation("b1", b1)
@@ -232,17 +234,18 @@ def rule(
                 state.count, _lean_coefficients(ckp1, b1_of_y, state.b1)
             )
 
-        def move_z(z: jax.Array, u: jax.Array) -> jax.Array:
-            return as_dtype(widen(z) + widen(u), z.dtype)
+        def move_z(leaf: int, z: jax.Array, u: jax.Array) -> jax.Array:
+            return rounding(widen(z) + widen(u), z.dtype, "z", leaf, state.count)
 
-        def move_x(x: jax.Array, z: jax.Array) -> jax.Array:
+        def move_x(leaf: int, z: jax.Array, x: jax.Array) -> jax.Array:
             if is_lean(x):
                 return x
-            x, z = widen(x), widen(z)
-            return as_dtype(x + like(ckp1, x) * (z - x), z.dtype)
+            x, z, dtype = widen(x), widen(z), z.dtype
+            next_x = x + like(ckp1, x) * (z - x)
+            return rounding(next_x, dtype, "x", leaf, state.count)
 
         def move_y(
-            z: jax.Array, next_z: jax.Array, p: jax.Array, next_x: jax.Array
+            leaf: int, z: jax.Array, next_z: jax.Array, p: jax.Array, next_x: jax.Array
         ) -> jax.Array:
             dtype = jnp.result_type(p)
             if is_lean(next_x):
@@ -250,19 +253,24 @@ def rule(
                 # makes one fusion of the step, with no array beyond inputs and outputs.
                 z, next_z, y = widen(z), widen(next_z), widen(p)
                 z_coefficient, step_coefficient = lean_coefficients
-                return as_dtype(
-                    like(z_coefficient, y) * (z - y)
-                    + like(step_coefficient, y) * (next_z - z),
-                    dtype,
+                way = like(z_coefficient, y) * (z - y) + like(step_coefficient, y) * (
+                    next_z - z
                 )
-            next_y = recover_y(next_x, next_z, jnp.asarray(b1_of_y, scalar_dtype()))
+                if not rounding.is_random(dtype):
+                    return as_dtype(way, dtype)
+                next_y = y + way
+            else:
+                b1_wide = jnp.asarray(b1_of_y, scalar_dtype())
+                next_y = recover_y(widen(next_x), widen(next_z), b1_wide)
             # The update leads from p to y' as rounded to p's dtype, so that rounding
             # errors of p do not accumulate over steps.
-            return (widen(next_y.astype(dtype)) - widen(p)).astype(dtype)
+            next_y = rounding(next_y, dtype, "y", leaf, state.count)
+            return (widen(next_y) - widen(p)).astype(dtype)
 
-        z = jax.tree.map(move_z, state.z, displacement)
-        x = jax.tree.map(lambda z, x: move_x(x, z), z, stored_x)
-        updates = jax.tree.map(move_y, state.z, z, params, x)
+        places = numbered(state.z)
+        z = jax.tree.map(move_z, places, state.z, displacement)
+        x = jax.tree.map(move_x, places, z, stored_x)
+        updates = jax.tree.map(move_y, places, state.z, z, params, x)
         return updates, ScheduleFreeState(
             count=optax.safe_increment(state.count),
             b1=jnp.asarray(b1_of_y, scalar_dtype()),

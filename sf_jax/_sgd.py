@@ -18,6 +18,7 @@ import optax
 from sf_jax import _averaging, _checks
 from sf_jax._averaging import Average
 from sf_jax._decay import Mask, add_decay
+from sf_jax._rounding import rounding_of
 from sf_jax._schedule_free import (
     SEQUENCES,
     Base,
@@ -61,6 +62,8 @@ def schedule_free_sgd(
     mask: Mask | None = None,
     average: Average | None = None,
     store_x: bool = False,
+    rounding: str = "nearest",
+    seed: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Schedule-Free SGD.
 
@@ -90,6 +93,13 @@ def schedule_free_sgd(
         :func:`~sf_jax.exponential_average`, or your own, as :func:`schedule_free` has
         it; None for the weighted mean.
       store_x: keep x in the state, so that ``eval_params`` needs no params.
+      rounding: "nearest", or "stochastic" for bfloat16 arrays, with
+        ``state_dtype=jnp.bfloat16``: y (of bfloat16 params), z and x. Rounded at
+        random, small steps are not lost. The random bits depend on ``seed``, the count
+        and the place of an element alone; within ``shard_map`` that is its place in
+        the shard.
+      seed: from 0 to 2^32 - 1, of the random bits. The state does not hold it: a run
+        that goes on needs the same one for the same bits.
 
     Returns:
       An optax transformation whose state is a ``ScheduleFreeState``; its updates have
@@ -97,7 +107,8 @@ def schedule_free_sgd(
 
     Raises:
       ValueError: b1 outside [0, 1], a negative learning rate, weight decay or number
-        of steps, an unknown ``decay_at``.
+        of steps, an unknown ``decay_at`` or ``rounding``, a seed out of range, or
+        ``rounding="stochastic"`` with another ``state_dtype`` than bfloat16.
       TypeError: ``warmup_steps`` that is not a whole number.
 
     Examples:
@@ -128,4 +139,5 @@ def schedule_free_sgd(
         average=average,
         state_dtype=state_dtype,
         store_x=store_x,
+        rounding=rounding_of(rounding, seed, state_dtype),
     )

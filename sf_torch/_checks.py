@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 DECAY_AT = ("y", "z", "x")
+ROUNDINGS = ("nearest", "stochastic")
 
 
 def options(group: Mapping[str, Any]) -> None:
@@ -16,6 +17,7 @@ def options(group: Mapping[str, Any]) -> None:
     for name, check in _CHECKS.items():
         if name in group:
             check(name, group[name])
+    random_rounding(group)
 
 
 def dtypes(params: list[Tensor]) -> None:
@@ -99,6 +101,46 @@ def state_dtype(name: str, value: Any) -> None:
         )
 
 
+def rounding(name: str, value: Any) -> None:
+    if value not in ROUNDINGS:
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, ROUNDINGS))}, got {value!r}."
+        )
+
+
+def seed(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
+        raise ValueError(
+            f"{name} must be a whole number from 0 to 2**32 - 1, got {value!r}. It is "
+            "the key of the random bits."
+        )
+
+
+def random_rounding(group: Mapping[str, Any]) -> None:
+    """Refuses random rounding where it cannot be."""
+    if group.get("rounding") != "stochastic":
+        return
+    if group["state_dtype"] != torch.bfloat16:
+        raise ValueError(
+            'rounding="stochastic" is to bfloat16, got state_dtype='
+            f"{group['state_dtype']}. Pass state_dtype=torch.bfloat16, or leave "
+            "rounding out."
+        )
+    for option in ("fused", "capturable"):
+        if group[option]:
+            raise ValueError(
+                f'rounding="stochastic" does not go with {option}=True: the kernel '
+                f"rounds to nearest. Leave {option} out."
+            )
+    for p in group["params"]:
+        if hasattr(p, "to_local"):
+            raise ValueError(
+                'rounding="stochastic" needs whole parameters, got a distributed one '
+                f"of shape {tuple(p.shape)}: the random bits go by the place of an "
+                "element in the whole. Leave rounding out."
+            )
+
+
 def boolean(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(
@@ -132,6 +174,8 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "decay_at": decay_at,
     "state_dtype": state_dtype,
     "moment_dtype": state_dtype,
+    "rounding": rounding,
+    "seed": seed,
     "foreach": optional_boolean,
     "fused": optional_boolean,
     "capturable": boolean,

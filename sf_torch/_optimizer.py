@@ -133,8 +133,11 @@ class ScheduleFree(Iterates):
             for missed, params in self._parts(group):
                 numbers = self._base_numbers(draft, lr, draft["k"] - missed)
                 numbers = numbers.averaged(ckp1, b1, next_b1)
+                if way.seed is not None:
+                    numbers = numbers._replace(step=int(draft["k"]))
                 grads = [p.grad for p in params if p.grad is not None]
-                if compiles and not way.fuses:
+                # Random rounding needs each parameter's place, and stays eager.
+                if compiles and not way.fuses and way.seed is None:
                     leaves = [self._leaf(p, group) for p in params]
                     there = numbers.as_tensors(leaves[0]["param"].device)
                     compiled.append((leaves, list(map(local, grads)), there))
@@ -179,8 +182,15 @@ class ScheduleFree(Iterates):
         if plan is None or not plan.fits(params, grads, self.state, kind):
             leaves = [self._leaf(p, group) for p in params]
             scratch = self.__dict__.setdefault("_scratch", Scratch())
-            plan = Plan(params, grads, leaves, way, kind, scratch)
+            places = [] if way.seed is None else self._places(params)
+            plan = Plan(params, grads, leaves, way, kind, scratch, places)
         return plan
+
+    def _places(self, params: list[Tensor]) -> list[int]:
+        """The places of parameters in the order of the groups."""
+        everything = [p for group in self.param_groups for p in group["params"]]
+        places = {id(p): place for place, p in enumerate(everything)}
+        return [places[id(p)] for p in params]
 
     def _leaf(self, p: Tensor, group: Group) -> Leaf:
         state = self._state_of(p, group)
@@ -228,9 +238,15 @@ def bookkeeping(
     state_dtype: torch.dtype | None,
     fused: bool | None = None,
     capturable: bool = False,
+    rounding: str | None = None,
+    seed: int = 0,
 ) -> Group:
-    """The entries of a group that are not options of the algorithm."""
-    return {
+    """The entries of a group that are not options of the algorithm.
+
+    Without ``rounding`` the optimizer has no such option, and rounds to nearest.
+    """
+    at_random = {} if rounding is None else {"rounding": rounding, "seed": seed}
+    return at_random | {
         "k": 0,
         "weight_sum": 0.0,
         "lr_max": -1.0,

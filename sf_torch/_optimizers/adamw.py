@@ -55,10 +55,20 @@ class AdamWScheduleFree(ScheduleFree):
         gradients begin late are up to ``1 / sqrt(1 - b2)`` times too long.
       moment_dtype: dtype of the moments; by default that of each parameter, float32
         for those narrower than it, whatever ``state_dtype`` is. A bfloat16 second
-        moment stalls: its changes are smaller than its rounding.
+        moment stalls: its changes are smaller than its rounding, unless that is
+        stochastic.
+      rounding: "nearest", or "stochastic" for bfloat16 arrays, with
+        ``state_dtype=torch.bfloat16``: y (of bfloat16 parameters), z, x, and the
+        moments where ``moment_dtype`` is bfloat16 too. Rounded at random, small steps
+        are not lost. The random bits depend on ``seed``, the group's k and the places
+        of parameter and element. Slow: it is the plain formula, neither ``fused`` nor
+        compiled.
+      seed: from 0 to 2^32 - 1, of the random bits.
 
     Raises:
-      ValueError: an argument out of its range.
+      ValueError: an argument out of its range, or ``rounding="stochastic"`` with
+        another ``state_dtype`` than bfloat16, with ``fused`` or ``capturable``, or for
+        distributed parameters.
       TypeError: ``warmup_steps`` that is not a whole number.
 
     Examples:
@@ -98,6 +108,8 @@ class AdamWScheduleFree(ScheduleFree):
         capturable: bool = False,
         upstream_compatible: bool = False,
         moment_dtype: torch.dtype | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
     ) -> None:
         options = {
             "lr": lr,
@@ -114,7 +126,9 @@ class AdamWScheduleFree(ScheduleFree):
             "moment_dtype": moment_dtype,
         }
         super().__init__(
-            params, options | bookkeeping(store_x, state_dtype, fused, capturable)
+            params,
+            options
+            | bookkeeping(store_x, state_dtype, fused, capturable, rounding, seed),
         )
 
     def _moments(self, group: Group) -> tuple[str, ...]:

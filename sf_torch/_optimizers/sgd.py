@@ -38,9 +38,17 @@ class SGDScheduleFree(ScheduleFree):
       fused: one kernel for the whole step (CUDA, with Triton); None where it works.
       capturable: counters on the device, for CUDA graphs; needs ``fused``. An ``lr``
         that is to change between replays must be a tensor there.
+      rounding: "nearest", or "stochastic" for bfloat16 arrays, with
+        ``state_dtype=torch.bfloat16``: y (of bfloat16 parameters), z and x. Rounded at
+        random, small steps are not lost. The random bits depend on ``seed``, the
+        group's k and the places of parameter and element. Slow: it is the plain
+        formula, neither ``fused`` nor compiled.
+      seed: from 0 to 2^32 - 1, of the random bits.
 
     Raises:
-      ValueError: an argument out of its range.
+      ValueError: an argument out of its range, or ``rounding="stochastic"`` with
+        another ``state_dtype`` than bfloat16, with ``fused`` or ``capturable``, or for
+        distributed parameters.
       TypeError: ``warmup_steps`` that is not a whole number.
 
     Examples:
@@ -76,6 +84,8 @@ class SGDScheduleFree(ScheduleFree):
         state_dtype: torch.dtype | None = None,
         fused: bool | None = None,
         capturable: bool = False,
+        rounding: str = "nearest",
+        seed: int = 0,
     ) -> None:
         options = {
             "lr": lr,
@@ -88,7 +98,9 @@ class SGDScheduleFree(ScheduleFree):
             "decay_at": decay_at,
         }
         super().__init__(
-            params, options | bookkeeping(store_x, state_dtype, fused, capturable)
+            params,
+            options
+            | bookkeeping(store_x, state_dtype, fused, capturable, rounding, seed),
         )
 
     def _beta(self, group: Group) -> float:

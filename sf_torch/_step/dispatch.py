@@ -27,6 +27,7 @@ class Way(NamedTuple):
     fuses: bool  # whether its arrays are the Triton kernel's where it takes them
     captures: bool  # whether nothing else may move them: a CUDA graph is to replay it
     together: bool  # whether parameters share a batch
+    seed: int | None = None  # of random rounding, by the formula; None: to nearest
 
 
 def way(group: Mapping[str, Any]) -> Way:
@@ -38,6 +39,8 @@ def way(group: Mapping[str, Any]) -> Way:
             p.is_cuda and fused.works_on(p.device) for p in group["params"]
         )
     together = group.get("foreach") is not False
+    if group.get("rounding") == "stochastic":
+        return Way(False, False, False, group["seed"])
     return Way(bool(fuses or captures), captures, together)
 
 
@@ -51,6 +54,7 @@ class Plan:
       way: what their group asks for.
       kind: whatever else decides which arrays they have; equal while it is the same.
       scratch: of the optimizer.
+      places: of the parameters in the optimizer, for random rounding.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class Plan:
         way: Way,
         kind: Any,
         scratch: Scratch,
+        places: Sequence[int],
     ) -> None:
         self.params, self.kind = params, kind
         self.rows = tuple(leaves[0])
@@ -74,7 +79,10 @@ class Plan:
         self.addresses = [_addresses(column) for column in columns]
         grads = self._local(grads)
         self.grad_kinds = _kinds(grads)
-        self.executors = _executors(leaves, grads, way, scratch)
+        if way.seed is None:
+            self.executors = _executors(leaves, grads, way, scratch)
+        else:
+            self.executors = [Plain(dict(enumerate(leaves)), way.seed, places)]
 
     def _local(self, grads: Tensors) -> Tensors:
         return list(map(local, grads)) if self.sharded else grads

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sf_torch._step.batches import Leaf, arithmetic_dtype, is_master, wide_dtype
 from sf_torch._step.numbers import Number, Numbers
+from sf_torch._step.rounding import Rounding
 
 
 class Plain:
@@ -19,18 +20,37 @@ class Plain:
 
     Args:
       leaves: by the number that each parameter goes by.
+      seed: of random rounding; None rounds to nearest.
+      places: by the same number, the parameter's place in the optimizer, for the seed.
     """
 
-    def __init__(self, leaves: Mapping[int, Leaf]) -> None:
-        self.leaves = leaves
+    def __init__(
+        self,
+        leaves: Mapping[int, Leaf],
+        seed: int | None = None,
+        places: Sequence[int] = (),
+    ) -> None:
+        self.leaves, self.seed, self.places = leaves, seed, places
 
     def step(self, n: Numbers, grads: Sequence[Tensor]) -> None:
         for i, leaf in self.leaves.items():
-            step(leaf, grads[i], n)
+            rounding = None
+            if self.seed is not None:
+                rounding = Rounding(self.seed, self.places[i], n.step)
+            step(leaf, grads[i], n, rounding)
 
 
-def step(leaf: Leaf, grad: Tensor, n: Numbers) -> None:
-    """Moves the arrays of one parameter in place."""
+def step(
+    leaf: Leaf, grad: Tensor, n: Numbers, rounding: Rounding | None = None
+) -> None:
+    """Moves the arrays of one parameter in place.
+
+    Args:
+      leaf: the arrays.
+      grad: the gradient at y.
+      n: the numbers of the step.
+      rounding: of what goes into bfloat16 arrays; None: to nearest.
+    """
     dtype = arithmetic_dtype(leaf)
     # Not dtype.to_real(), which torch.compile cannot look into.
     is_double = dtype in (torch.float64, torch.complex128)
@@ -48,8 +68,9 @@ def step(leaf: Leaf, grad: Tensor, n: Numbers) -> None:
     if "next_z" in leaf:
         next_z = leaf["next_z"]
     else:
-        next_z = z - _displacement(leaf, g, y, z, x, n)
-    next_z = next_z.to(leaf["z"].dtype).to(dtype)
+        next_z = z - _displacement(leaf, g, y, z, x, n, rounding)
+    rounded_z = _rounded(leaf, "z", next_z, rounding)
+    next_z = rounded_z.to(dtype)
 
     if x is None:
         # Through z' - z as z' was rounded: through the displacement, its equal on
@@ -57,28 +78,44 @@ def step(leaf: Leaf, grad: Tensor, n: Numbers) -> None:
         # rounding of y is one of x, times 1 / β.
         next_y = y + (n.to_step * (next_z - z) + n.to_z * (z - y))
     else:
-        next_x = lerp(x, next_z, n.ckp1)
-        leaf["x"].copy_(next_x)
+        leaf["x"].copy_(_rounded(leaf, "x", lerp(x, next_z, n.ckp1), rounding))
+        next_x = leaf["x"].to(dtype)
         next_y = lerp(next_x, next_z, n.z_in_next_y)
-    leaf["z"].copy_(next_z)
-    param.copy_(next_y)
+    leaf["z"].copy_(rounded_z)
+    param.copy_(_rounded(leaf, "param", next_y, rounding))
     if "y" in leaf:
-        leaf["y"].copy_(next_y)
+        leaf["y"].copy_(_rounded(leaf, "y", next_y, rounding))
+
+
+def _rounded(leaf: Leaf, row: str, value: Tensor, rounding: Rounding | None) -> Tensor:
+    """A value in the dtype of one of the arrays."""
+    dtype = leaf[row].dtype
+    if rounding is None or dtype != torch.bfloat16:
+        return value.to(dtype)
+    return rounding.to_bfloat16(row, value)
 
 
 def _displacement(
-    leaf: Leaf, g: Tensor, y: Tensor, z: Tensor, x: Tensor | None, n: Numbers
+    leaf: Leaf,
+    g: Tensor,
+    y: Tensor,
+    z: Tensor,
+    x: Tensor | None,
+    n: Numbers,
+    rounding: Rounding | None,
 ) -> Tensor:
     """``lr d + decay p``. Moves the moments in place."""
     direction = g
     if "exp_avg" in leaf:
         m = leaf["exp_avg"].to(g.dtype)
         direction = lerp(m, g, n.m_weight)
-        leaf["exp_avg"].copy_(direction)
+        leaf["exp_avg"].copy_(_rounded(leaf, "exp_avg", direction, rounding))
+        direction = leaf["exp_avg"].to(g.dtype)
     if "exp_avg_sq" in leaf:
         square = (g * g.conj()).real if g.is_complex() else g * g
         v = lerp(leaf["exp_avg_sq"].to(square.dtype), square, n.v_weight)
-        leaf["exp_avg_sq"].copy_(v)
+        leaf["exp_avg_sq"].copy_(_rounded(leaf, "exp_avg_sq", v, rounding))
+        v = leaf["exp_avg_sq"].to(v.dtype)
         direction = direction / (n.root * v.sqrt() + n.eps)
     displacement = n.lr * direction
     if n.decay_at and not n.decay_moves_x:

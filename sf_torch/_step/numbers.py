@@ -58,6 +58,7 @@ class Numbers(NamedTuple):
     decay_moves_x: bool = False
     b2: float = 0.0
     k: Number = 0  # steps taken before this one
+    step: int = 0  # the same of the group; known where the seed needs it
 
     def averaged(self, ckp1: Number, b1: float, next_b1: float) -> "Numbers":
         """The same with an average: c_k, and β before and after the step."""

@@ -1,0 +1,151 @@
+r"""Rounding of what a step writes: to nearest, or at random to bfloat16.
+
+A bfloat16 number has 8 binary digits, so a small step is lost when its sum is rounded
+to the nearest. Rounded at random, up or down with a probability by distance, the sum
+is right in the mean. The random numbers are a function of the state: of Threefry2x32
+with 20 rounds, of which each evaluation has four numbers of 16 bits,
+
+    key      (seed, leaf)
+    counter  (element, step + 2^31 block)
+
+with the leaf's place in the tree, the element's in the whole array, and the steps
+taken before this one. y, z, v and m take the numbers of block 0, x one of block 1. All
+of it is done element by element, so that the compiler fuses it into the step.
+
+References:
+  Salmon et al., *Parallel Random Numbers: As Easy as 1, 2, 3*, SC 2011
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+Seed = int | jax.Array
+ROUNDINGS = ("nearest", "stochastic")
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = 0x1BD11BDA
+# Block, word and shift of each array's number.
+_NUMBERS = {"y": (0, 0, 0), "z": (0, 0, 16), "v": (0, 1, 0), "m": (0, 1, 16)}
+_NUMBERS["x"] = (1, 0, 0)
+
+
+class Rounding(NamedTuple):
+    """How arrays are brought from the dtype of arithmetic to their own."""
+
+    seed: Seed | None = None  # None: to nearest
+
+    def is_random(self, dtype: Any) -> bool:
+        """Whether arrays of a dtype are rounded at random."""
+        return self.seed is not None and jnp.dtype(dtype) == jnp.bfloat16
+
+    def __call__(
+        self, value: jax.Array, dtype: Any, array: str, leaf: int, count: jax.Array
+    ) -> jax.Array:
+        """The value in a dtype; at random only where that is bfloat16.
+
+        Args:
+          value: in the dtype of arithmetic.
+          dtype: of the result.
+          array: "y", "z", "v", "m" or "x".
+          leaf: the place of the leaf in the tree.
+          count: steps taken before this one.
+        """
+        if not self.is_random(dtype):
+            return value if value.dtype == dtype else value.astype(dtype)
+        assert self.seed is not None
+        bits = random_bits(self.seed, leaf, count, array, value.shape)
+        return to_bfloat16(value, bits)
+
+    def tree(
+        self, values: optax.Params, like: optax.Params, array: str, count: jax.Array
+    ) -> optax.Params:
+        """All leaves of a tree, in the dtypes of another."""
+        return jax.tree.map(
+            lambda leaf, v, old: self(v, old.dtype, array, leaf, count),
+            numbered(values),
+            values,
+            like,
+        )
+
+
+NEAREST = Rounding()
+
+
+def numbered(tree: optax.Params) -> Any:
+    """For each leaf of a tree its place in the order of the tree's leaves."""
+    treedef = jax.tree.structure(tree)
+    return jax.tree.unflatten(treedef, range(treedef.num_leaves))
+
+
+def rounding_of(rounding: str, seed: Seed, state_dtype: Any) -> Rounding:
+    """What the options ``rounding`` and ``seed`` mean; raises where nothing."""
+    if rounding not in ROUNDINGS:
+        raise ValueError(
+            f"rounding must be one of {', '.join(map(repr, ROUNDINGS))}, got "
+            f"{rounding!r}."
+        )
+    # Under inject_hyperparams it is an array of integers.
+    is_array = isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jnp.integer)
+    if not is_array and (
+        isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32
+    ):
+        raise ValueError(
+            f"seed must be a whole number from 0 to 2**32 - 1, got {seed!r}. It is the "
+            "key of the random bits."
+        )
+    if rounding == "nearest":
+        return NEAREST
+    if state_dtype is None or jnp.dtype(state_dtype) != jnp.bfloat16:
+        raise ValueError(
+            'rounding="stochastic" is to bfloat16, got state_dtype='
+            f"{state_dtype}. Pass state_dtype=jnp.bfloat16, or leave rounding out."
+        )
+    return Rounding(seed)
+
+
+def threefry2x32(
+    key: tuple[Seed, int], counter: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Two words of 32 bits for each counter, both in uint32."""
+    keys = [jnp.asarray(k, jnp.uint32) for k in key]
+    keys.append(keys[0] ^ keys[1] ^ jnp.uint32(_PARITY))
+    a, b = counter[0] + keys[0], counter[1] + keys[1]
+    for block in range(5):
+        for by in _ROTATIONS[block % 2]:
+            a = a + b
+            b = a ^ ((b << by) | (b >> (32 - by)))
+        a = a + keys[(block + 1) % 3]
+        b = b + keys[(block + 2) % 3] + jnp.uint32(block + 1)
+    return a, b
+
+
+def random_bits(
+    seed: Seed, leaf: int, count: jax.Array, array: str, shape: tuple[int, ...]
+) -> jax.Array:
+    """Numbers from 0 to 2^16 - 1 in uint32, one for each element of an array."""
+    if math.prod(shape) > 2**32:
+        raise ValueError(
+            'rounding="stochastic" numbers the elements of an array in 32 bits, got '
+            f"shape {shape}. Split it into arrays of 2**32 elements or fewer."
+        )
+    block, word, shift = _NUMBERS[array]
+    element, stride = jnp.zeros(shape, jnp.uint32), 1
+    for axis in reversed(range(len(shape))):
+        place = lax.broadcasted_iota(jnp.uint32, shape, axis)
+        element = element + place * jnp.uint32(stride % 2**32)
+        stride *= shape[axis]
+    second = jnp.asarray(count, jnp.uint32) | jnp.uint32(block << 31)
+    words = threefry2x32((seed, leaf), (element, jnp.broadcast_to(second, shape)))
+    return (words[word] >> shift) & jnp.uint32(0xFFFF)
+
+
+def to_bfloat16(value: jax.Array, bits: jax.Array) -> jax.Array:
+    """float32 as bfloat16, the bits added first; what is not finite stays as it is."""
+    value = value.astype(jnp.float32)
+    raw = lax.bitcast_convert_type(value, jnp.uint32) + bits
+    rounded = lax.bitcast_convert_type(raw & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(value), rounded, value).astype(jnp.bfloat16)

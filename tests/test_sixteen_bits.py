@@ -1,0 +1,308 @@
+"""State in bfloat16, rounded at random: the same bits in both frameworks."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import sf_jax
+import sf_torch
+from parity_tests.reference import rounding as reference
+from sf_jax import _rounding as in_jax
+from sf_torch._step import rounding as in_torch
+
+# Threefry2x32 with 20 rounds, from the known answers of its authors (Random123).
+KNOWN = [
+    ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
+    ((2**32 - 1,) * 2, (2**32 - 1,) * 2, (0x1CB996FC, 0xBB002BE7)),
+    ((0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), (0xC4923A9C, 0x483DF7A0)),
+]
+ROWS = {"y": "param", "z": "z", "v": "exp_avg_sq", "m": "exp_avg", "x": "x"}
+B16, T16 = jnp.bfloat16, torch.bfloat16
+
+
+def words_of(pair):
+    return tuple(int(np.asarray(word)[0]) for word in pair)
+
+
+@pytest.mark.parametrize(("key", "counter", "expected"), KNOWN)
+def test_the_generator_gives_the_known_answers(key, counter, expected):
+    arrays = [np.array([c], np.uint32) for c in counter]
+    assert words_of(reference.threefry2x32(key, tuple(arrays))) == expected
+    assert words_of(in_jax.threefry2x32(key, tuple(map(jnp.asarray, arrays)))) == (
+        expected
+    )
+    tensors = tuple(torch.tensor([c]) for c in counter)
+    assert words_of(in_torch.threefry2x32(key, tensors)) == expected
+
+
+def test_all_three_have_the_same_bits_for_every_array():
+    seen = set()
+    for leaf, step, array in [(0, 0, "y"), (3, 123456, "z"), (3, 2**31 - 1, "v")] + [
+        (1, 9, array) for array in ROWS
+    ]:
+        shape = (3, 5)
+        right = reference.random_bits(7, leaf, step, array, shape)
+        ours = in_jax.random_bits(7, leaf, jnp.int32(step), array, shape)
+        np.testing.assert_array_equal(ours, right)
+        key = in_torch.Rounding(7, leaf, step)
+        size = torch.Size(shape)
+        theirs = in_torch.random_bits(key, ROWS[array], size, torch.device("cpu"))
+        np.testing.assert_array_equal(theirs.numpy(), right)
+        assert right.max() < 2**16
+        seen.add(right.tobytes())
+    assert len(seen) == 8
+
+
+def test_rounding_is_right_in_the_mean_and_leaves_what_is_exact_alone():
+    low, high = 1.0, 1.0 + 2.0**-7  # neighbours in bfloat16
+    value = np.full(2**16, low + 0.3 * (high - low), np.float32)
+    bits = np.random.default_rng(0).permutation(2**16).astype(np.uint32)
+    special = np.array([0, -0.0, 1.5, np.inf, -np.inf, np.nan, 1e-40], np.float32)
+    many = np.full(7, 2**16 - 1, np.uint32)
+    subnormal = float(np.float32(1e-40))
+    for to_bfloat16 in (
+        reference.to_bfloat16,
+        lambda v, b: in_jax.to_bfloat16(jnp.asarray(v), jnp.asarray(b)),
+        lambda v, b: in_torch.to_bfloat16(
+            torch.tensor(v), torch.tensor(b.astype(np.int32))
+        ).float(),
+    ):
+        for sign in (1, -1):
+            up = np.asarray(to_bfloat16(sign * value, bits), np.float64)
+            assert set(up) == {sign * low, sign * high}
+            # All 2^16 numbers of bits occur once.
+            assert np.mean(up == sign * high) == pytest.approx(0.3, abs=2.0**-16)
+        found = np.asarray(to_bfloat16(special, many), np.float64)
+        np.testing.assert_array_equal(found[:6], special[:6])
+        assert subnormal <= found[6] <= 2.0**-126
+
+
+OPTIMIZERS = {
+    "sgd": (
+        partial(sf_jax.schedule_free_sgd, 0.05, weight_decay=0.01),
+        partial(sf_torch.SGDScheduleFree, lr=0.05, weight_decay=0.01),
+        0,
+    ),
+    "adamw": (
+        partial(sf_jax.schedule_free_adamw, 0.01, moment_dtype=B16),
+        partial(sf_torch.AdamWScheduleFree, lr=0.01, moment_dtype=T16),
+        1,
+    ),
+    "adamw_momentum_and_x": (
+        partial(
+            sf_jax.schedule_free_adamw,
+            0.01,
+            moment_dtype=B16,
+            inner_momentum=0.9,
+            store_x=True,
+        ),
+        partial(
+            sf_torch.AdamWScheduleFree,
+            lr=0.01,
+            moment_dtype=T16,
+            inner_momentum=0.9,
+            store_x=True,
+        ),
+        3,
+    ),
+}
+SHAPES, STEPS = ((64, 16), (32,)), 300
+# A compiler joins products and sums, so that float32 differs in its last digits by a
+# few 2^-24; over 300 steps of three arrays that turns the rounding to 2^-8, with a
+# probability of some 2^-16 each time, in 2% of the elements.
+SAME = 0.98
+
+
+def start():
+    rng = np.random.default_rng(0)
+    return [(2 + 0.2 * rng.normal(size=s)).astype(jnp.bfloat16) for s in SHAPES]
+
+
+def gradients():
+    rng = np.random.default_rng(1)
+    return [
+        (0.1 + rng.normal(size=(STEPS, *shape))).astype(jnp.bfloat16)
+        for shape in SHAPES
+    ]
+
+
+def jax_step(name):
+    tx = OPTIMIZERS[name][0](state_dtype=B16, rounding="stochastic", seed=5)
+
+    def step(carry, grads):
+        params, state = carry
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    return tx, jax.jit(lambda carry, grads: jax.lax.scan(step, carry, grads)[0])
+
+
+def raw(tree):
+    """The bits of all arrays of the tree."""
+    return [np.asarray(a).tobytes() for a in jax.tree.leaves(tree)]
+
+
+def run_in_torch(name, resumed_at=None):
+    params = [
+        torch.nn.Parameter(torch.tensor(w.astype(np.float32)).to(T16)) for w in start()
+    ]
+    build = partial(OPTIMIZERS[name][1], state_dtype=T16, rounding="stochastic", seed=5)
+    optimizer = build(params)
+    optimizer.train()
+    grads = [torch.tensor(g.astype(np.float32)).to(T16) for g in gradients()]
+    for k in range(STEPS):
+        if k == resumed_at:
+            saved = optimizer.state_dict()
+            # The seed is the group's, whatever the new optimizer was built with.
+            optimizer = OPTIMIZERS[name][1](
+                params, state_dtype=T16, rounding="stochastic", seed=6
+            )
+            optimizer.load_state_dict(saved)
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g[k]
+        optimizer.step()
+    return params, [optimizer.state[p] for p in params]
+
+
+def run_in_numpy(name):
+    """The lean step in float32 as its formulas stand, each array rounded at random."""
+    f = np.float32
+    arrays = []
+    for leaf, (w, grads) in enumerate(zip(start(), gradients(), strict=True)):
+
+        def enter(value, array, k, leaf=leaf):
+            bits = reference.random_bits(5, leaf, k, array, value.shape)
+            return reference.to_bfloat16(value, bits).astype(f)
+
+        y = w.astype(f)
+        z, v = y.copy(), np.zeros_like(y)
+        for k in range(STEPS):
+            g, c = grads[k].astype(f), f(1 / (k + 1))
+            if name == "sgd":
+                next_z = z - (f(0.05) * g + f(0.05 * 0.01) * y)
+            else:
+                v = enter(v + f(1 - 0.999) * (g * g - v), "v", k)
+                root = f((1 - 0.999 ** (k + 1)) ** -0.5) * np.sqrt(v) + f(1e-8)
+                next_z = z - f(0.01) * (g / root)
+            next_z = enter(next_z, "z", k)
+            step = f(1 - 0.9 * (1 - 1 / (k + 1)))
+            y = enter(y + (step * (next_z - z) + c * (z - y)), "y", k)
+            z = next_z
+        arrays.append({"y": y, "z": z, "v": v})
+    return arrays
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_run_has_the_same_bits_resumed_on_eight_devices_and_elsewhere(name):
+    tx, run = jax_step(name)
+    params = [jnp.asarray(w) for w in start()]
+    grads = [jnp.asarray(g) for g in gradients()]
+    begin = (params, tx.init(params))
+    whole = run(begin, grads)
+    half = STEPS // 2
+    resumed = run(run(begin, [g[:half] for g in grads]), [g[half:] for g in grads])
+    assert raw(resumed) == raw(whole)
+
+    mesh = Mesh(np.array(jax.devices()[:8]), ("d",))
+    assert mesh.size == 8
+
+    def place(a, *spec):
+        return jax.device_put(a, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    rows = jax.tree.map(lambda a: place(a, "d") if a.ndim else place(a), begin)
+    assert raw(run(rows, [place(g, None, "d") for g in grads])) == raw(whole)
+
+    ours, states = run_in_torch(name)
+    again, _ = run_in_torch(name, resumed_at=half)
+    for a, b in zip(ours, again, strict=True):
+        assert torch.equal(a, b)
+    y, state = whole
+    in_numpy = None if "momentum" in name else run_in_numpy(name)
+    for i, p in enumerate(ours):
+        pairs = {"y": (y[i], p), "z": (state.z[i], states[i]["z"])}
+        if OPTIMIZERS[name][2]:
+            pairs["v"] = state.base_state.nu[i], states[i]["exp_avg_sq"]
+        same = [
+            np.mean(np.asarray(a, np.float32) == b.detach().float().numpy())
+            for a, b in pairs.values()
+        ]
+        if in_numpy is not None:
+            same += [
+                np.mean(np.asarray(a, np.float32) == in_numpy[i][key])
+                for key, (a, _) in pairs.items()
+            ]
+        assert min(same) >= SAME
+    size = sum(t.nbytes for t in states[0].values() if isinstance(t, torch.Tensor))
+    arrays = 1 + OPTIMIZERS[name][2]
+    assert size == 2 * arrays * ours[0].numel()
+    mine = [state.z, state.x, state.base_state]
+    assert sum(a.nbytes for a in jax.tree.leaves(mine)) == 2 * arrays * sum(
+        w.size for w in start()
+    )
+
+
+def noisy_quadratic_error(seed, dtype, **options):
+    """Mean squared error of x after 3000 steps; a gradient is y - row."""
+    rng = np.random.default_rng(seed)
+    minimum = rng.normal(size=256)
+    rows = minimum + rng.normal(size=(3000, 256))
+    tx = sf_jax.schedule_free_adamw(0.01, **options)
+
+    def step(carry, row):
+        params, state = carry
+        updates, state = tx.update(params - row, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    @jax.jit
+    def run(params, rows):
+        params, state = jax.lax.scan(step, (params, tx.init(params)), rows)[0]
+        return sf_jax.eval_params(state, params)
+
+    x = run(jnp.zeros(256, dtype), jnp.asarray(rows, dtype))
+    return np.mean((np.asarray(x, np.float64) - minimum) ** 2)
+
+
+def test_the_error_stays_near_that_of_float32():
+    """The ratios that docs/precision.md tells; rounded to nearest it is above 30."""
+    narrow = {"state_dtype": B16, "moment_dtype": B16, "rounding": "stochastic"}
+    truth = [noisy_quadratic_error(s, jnp.float32) for s in range(2)]
+    for dtype, options, most in (
+        (jnp.float32, narrow, 1.15),
+        (B16, narrow | {"store_x": True}, 1.35),
+        (B16, narrow, 2.4),
+    ):
+        error = [noisy_quadratic_error(s, dtype, **options) for s in range(2)]
+        assert np.mean(error) <= most * np.mean(truth)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"rounding": "up"}, "rounding must be one of"),
+        ({"rounding": "stochastic"}, "is to bfloat16, got state_dtype=None"),
+        ({"seed": -1}, "seed must be a whole number from 0"),
+        ({"seed": 0.5}, "seed must be a whole number from 0"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_both(options, match):
+    for ours in (sf_jax.schedule_free_sgd, sf_jax.schedule_free_adamw):
+        with pytest.raises(ValueError, match=match):
+            ours(**options)
+    for theirs in (sf_torch.SGDScheduleFree, sf_torch.AdamWScheduleFree):
+        with pytest.raises(ValueError, match=match):
+            theirs([torch.nn.Parameter(torch.ones(2))], **options)
+
+
+def test_kernels_that_round_to_nearest_are_refused():
+    options = {"state_dtype": T16, "rounding": "stochastic"}
+    for option in ("fused", "capturable"):
+        with pytest.raises(ValueError, match=f"{option}=True"):
+            sf_torch.AdamWScheduleFree(
+                [torch.nn.Parameter(torch.ones(2))], **options, **{option: True}
+            )
