@@ -62,4 +62,5 @@ def test_a_weight_decay_that_changed_during_the_run_is_named(tmp_path):
             w.grad = w.detach() - 3
             optimizer.step()
     reason = replay(tmp_path / "run").reason
+    assert reason is not None
     assert "weight_decay became 0.5 at step 8, and was 0.1" in reason

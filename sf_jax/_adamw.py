@@ -147,14 +147,16 @@ def root(v: jax.Array) -> jax.Array:
 
 def positive_eps(
     eps: jax.typing.ArrayLike, dtype: jax.typing.DTypeLike = jnp.float32
-) -> jax.Array:
+) -> jax.typing.ArrayLike:
     """eps, but at least the root of the smallest normal v of this dtype.
 
     While all gradients are 0, so is v, and 0 / 0 is NaN. And a gradient may be so small
     that its square is 0: over anything less, it would throw z far off.
     """
     least = math.sqrt(jnp.finfo(dtype).tiny)
-    return max(eps, least) if _checks.is_number(eps) else jnp.maximum(eps, least)
+    if _checks.is_number(eps):
+        return max(float(eps), least)  # type: ignore[arg-type]
+    return jnp.maximum(eps, least)
 
 
 def abs_squared(g: jax.Array) -> jax.Array:

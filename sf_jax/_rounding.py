@@ -77,8 +77,8 @@ NEAREST = Rounding()
 
 def numbered(tree: optax.Params) -> Any:
     """For each leaf of a tree its place in the order of the tree's leaves."""
-    treedef = jax.tree.structure(tree)
-    return jax.tree.unflatten(treedef, range(treedef.num_leaves))
+    leaves, treedef = jax.tree.flatten(tree)
+    return jax.tree.unflatten(treedef, range(len(leaves)))
 
 
 def rounding_of(rounding: str, seed: Seed, state_dtype: Any) -> Rounding:

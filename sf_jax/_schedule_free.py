@@ -432,7 +432,7 @@ def schedule_free(
     )
 
 
-def recovery(b1: jax.typing.ArrayLike) -> jax.Array:
+def recovery(b1: jax.Array) -> jax.Array:
     """``(1 - β) / β``, for :func:`recover_x`."""
     return (1 - b1) / b1
 
