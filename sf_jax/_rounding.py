@@ -24,6 +24,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from sf_jax import _checks
+
 Seed = int | jax.Array
 ROUNDINGS = ("nearest", "stochastic")
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -83,11 +85,7 @@ def numbered(tree: optax.Params) -> Any:
 
 def rounding_of(rounding: str, seed: Seed, state_dtype: Any) -> Rounding:
     """What the options ``rounding`` and ``seed`` mean; raises where nothing."""
-    if rounding not in ROUNDINGS:
-        raise ValueError(
-            f"rounding must be one of {', '.join(map(repr, ROUNDINGS))}, got "
-            f"{rounding!r}."
-        )
+    _checks.choice("rounding", rounding, ROUNDINGS)
     # Under inject_hyperparams it is an array of integers.
     is_array = isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jnp.integer)
     if not is_array and (

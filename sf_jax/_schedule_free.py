@@ -475,10 +475,7 @@ def is_lean(x: Any) -> bool:
 
 def per_leaf(x: optax.Params, z: optax.Params) -> optax.Params:
     """For each leaf of z the stored x, or a MaskedNode where x is not stored."""
-    # jax.tree.broadcast does this from jax 0.6.1 on.
-    return jax.tree.map(
-        lambda x, below: jax.tree.map(lambda _: x, below), x, z, is_leaf=is_lean
-    )
+    return jax.tree.broadcast(x, z, is_leaf=is_lean)
 
 
 def leaf_dtype(

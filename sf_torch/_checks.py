@@ -84,11 +84,16 @@ def warmup_steps(name: str, value: Any) -> None:
         )
 
 
-def decay_at(name: str, value: Any) -> None:
-    if value not in DECAY_AT:
-        raise ValueError(
-            f"{name} must be one of {', '.join(map(repr, DECAY_AT))}, got {value!r}."
-        )
+def choice(choices: tuple[str, ...]) -> Callable[[str, Any], None]:
+    """The check that a value is one of these."""
+
+    def check(name: str, value: Any) -> None:
+        if value not in choices:
+            raise ValueError(
+                f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}."
+            )
+
+    return check
 
 
 def state_dtype(name: str, value: Any) -> None:
@@ -98,13 +103,6 @@ def state_dtype(name: str, value: Any) -> None:
         raise ValueError(
             f"{name} must be a floating dtype, got {value}. Leave it out to keep the "
             "state at least in float32."
-        )
-
-
-def rounding(name: str, value: Any) -> None:
-    if value not in ROUNDINGS:
-        raise ValueError(
-            f"{name} must be one of {', '.join(map(repr, ROUNDINGS))}, got {value!r}."
         )
 
 
@@ -171,10 +169,10 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "mu_y": interpolation,
     "mu_x": interpolation,
     "refined_c": non_negative,
-    "decay_at": decay_at,
+    "decay_at": choice(DECAY_AT),
     "state_dtype": state_dtype,
     "moment_dtype": state_dtype,
-    "rounding": rounding,
+    "rounding": choice(ROUNDINGS),
     "seed": seed,
     "foreach": optional_boolean,
     "fused": optional_boolean,
