@@ -79,10 +79,7 @@ class Plan:
         self.addresses = [_addresses(column) for column in columns]
         grads = self._local(grads)
         self.grad_kinds = _kinds(grads)
-        if way.seed is None:
-            self.executors = _executors(leaves, grads, way, scratch)
-        else:
-            self.executors = [Plain(dict(enumerate(leaves)), way.seed, places)]
+        self.executors = _executors(leaves, grads, way, scratch, places)
 
     def _local(self, grads: Tensors) -> Tensors:
         return list(map(local, grads)) if self.sharded else grads
@@ -127,7 +124,10 @@ def _executors(
     grads: Tensors,
     way: Way,
     scratch: Scratch,
+    places: Sequence[int],
 ) -> list[Executor]:
+    if way.seed is not None:
+        return [Plain(dict(enumerate(leaves)), way.seed, places)]
     found: list[Executor] = []
     rest = dict(enumerate(leaves))
     if way.fuses:

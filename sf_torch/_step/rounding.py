@@ -16,7 +16,7 @@ References:
   Salmon et al., *Parallel Random Numbers: As Easy as 1, 2, 3*, SC 2011
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -35,12 +35,15 @@ _NUMBERS = {
 }
 
 
-class Rounding(NamedTuple):
+@dataclass
+class Rounding:
     """Of one parameter at one step, at random."""
 
     seed: int
     leaf: int  # the parameter's place in the optimizer
     step: int  # steps of the group before this one
+    # By block: the words, which several arrays take their numbers from.
+    words: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def to_bfloat16(self, row: str, value: Tensor) -> Tensor:
         """The value to be entered into the array of this name."""
@@ -67,9 +70,12 @@ def random_bits(
 ) -> Tensor:
     """Numbers from 0 to 2^16 - 1 in int32, one for each element of an array."""
     block, word, shift = _NUMBERS[row]
-    element = torch.arange(shape.numel(), device=device)
-    second = torch.full_like(element, rounding.step | block << 31)
-    words = threefry2x32((rounding.seed, rounding.leaf), (element, second))
+    if block not in rounding.words:
+        element = torch.arange(shape.numel(), device=device)
+        second = torch.full_like(element, rounding.step | block << 31)
+        key = rounding.seed, rounding.leaf
+        rounding.words[block] = threefry2x32(key, (element, second))
+    words = rounding.words[block]
     return ((words[word] >> shift) & 0xFFFF).to(torch.int32).reshape(shape)
 
 
