@@ -20,13 +20,14 @@ CONTRACT = tests/jax/test_jax_contract.py tests/jax/test_jax_eval.py \
   bench docs package clean help
 .DEFAULT_GOAL := help
 
-$(STAMP): pyproject.toml constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+%/bin/python:
+	$(PYTHON) -m venv $*
+
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-$(GPU_STAMP): pyproject.toml constraints.txt
-	@test -x $(GPU_VENV)/bin/python || $(PYTHON) -m venv $(GPU_VENV)
+$(GPU_STAMP): pyproject.toml constraints.txt | $(GPU_VENV)/bin/python
 	$(GPU_VENV)/bin/python -m pip install --quiet --constraint constraints.txt \
 	  --editable '.[gpu-compiler]' hypothesis pytest
 	@touch $@
@@ -52,30 +53,26 @@ gpu-slow: $(GPU_STAMP)  ## the rest of these: GPT-2's leaves on each GPU, in eac
 	$(GPU_VENV)/bin/python -m pytest -m 'gpu and slow' tests/jax/test_gpu_compile.py
 
 # Old versions warn of each other, so warnings are no errors there.
-oldest:  ## the contract tests on the lowest versions that pyproject.toml names
-	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+oldest: .venv-oldest/bin/python  ## the contract tests on the lowest versions that pyproject.toml names
 	.venv-oldest/bin/python .ci/lowest.py >.venv-oldest/constraints.txt
 	.venv-oldest/bin/python -m pip install --quiet \
 	  --constraint .venv-oldest/constraints.txt --editable '.[flax,parity]' \
 	  hypothesis scikit-learn 'pytest<9.2'
 	.venv-oldest/bin/python -m pytest -W default -p no:cacheprovider $(CONTRACT)
 
-newest:  ## the contract tests on the newest versions that there are (torch: as pinned)
-	@test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+newest: .venv-newest/bin/python  ## the contract tests on the newest versions that there are (torch: as pinned)
 	grep '^torch==' constraints.txt >.venv-newest/constraints.txt
 	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
 	  --constraint .venv-newest/constraints.txt --editable '.[flax,parity]' \
 	  hypothesis scikit-learn 'pytest<9.2'
 	.venv-newest/bin/python -m pytest -p no:cacheprovider $(CONTRACT)
 
-docs:  ## the documentation site, checked, in out/site/
-	@test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+docs: .venv-docs/bin/python  ## the documentation site, checked, in out/site/
 	.venv-docs/bin/python -m pip install --quiet --constraint constraints.txt '.[docs]'
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --strict
 	.venv-docs/bin/python docs/check_site.py out/site
 
-package:  ## the wheel and the source archive in dist/, checked, and the wheel alone
-	@test -x .venv-package/bin/python || $(PYTHON) -m venv .venv-package
+package: .venv-package/bin/python  ## the wheel and the source archive in dist/, checked, and the wheel alone
 	.venv-package/bin/python -m pip install --quiet build twine
 	rm -rf dist
 	.venv-package/bin/python -m build --outdir dist .
