@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import sf_jax
 import sf_torch
+from benchmarks.sixteen_bits import error as error_of_x
 from parity_tests.reference import rounding as reference
 from sf_jax import _rounding as in_jax
 from sf_torch._step import rounding as in_torch
@@ -247,37 +248,16 @@ def test_a_run_has_the_same_bits_resumed_on_eight_devices_and_elsewhere(name):
     )
 
 
-def noisy_quadratic_error(seed, dtype, **options):
-    """Mean squared error of x after 3000 steps; a gradient is y - row."""
-    rng = np.random.default_rng(seed)
-    minimum = rng.normal(size=256)
-    rows = minimum + rng.normal(size=(3000, 256))
-    tx = sf_jax.schedule_free_adamw(0.01, **options)
-
-    def step(carry, row):
-        params, state = carry
-        updates, state = tx.update(params - row, state, params)
-        return (optax.apply_updates(params, updates), state), None
-
-    @jax.jit
-    def run(params, rows):
-        params, state = jax.lax.scan(step, (params, tx.init(params)), rows)[0]
-        return sf_jax.eval_params(state, params)
-
-    x = run(jnp.zeros(256, dtype), jnp.asarray(rows, dtype))
-    return np.mean((np.asarray(x, np.float64) - minimum) ** 2)
-
-
 def test_the_error_stays_near_that_of_float32():
     """The ratios that docs/precision.md tells; rounded to nearest it is above 30."""
     narrow = {"state_dtype": B16, "moment_dtype": B16, "rounding": "stochastic"}
-    truth = [noisy_quadratic_error(s, jnp.float32) for s in range(2)]
+    truth = [error_of_x(s, jnp.float32) for s in range(2)]
     for dtype, options, most in (
         (jnp.float32, narrow, 1.15),
         (B16, narrow | {"store_x": True}, 1.35),
         (B16, narrow, 2.4),
     ):
-        error = [noisy_quadratic_error(s, dtype, **options) for s in range(2)]
+        error = [error_of_x(s, dtype, **options) for s in range(2)]
         assert np.mean(error) <= most * np.mean(truth)
 
 
