@@ -23,6 +23,4 @@ def beside(array: Any, other: Any) -> Any:
 
 
 def _is_on_host(array: Any) -> bool:
-    # Older versions of JAX do not have the memory in an array's type.
-    space = getattr(jax.typeof(array), "memory_space", None)
-    return space is not None and space == jax.memory.Space.Host
+    return bool(jax.typeof(array).memory_space == jax.memory.Space.Host)

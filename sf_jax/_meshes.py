@@ -104,9 +104,9 @@ def whole(
 def varying(leaf: Any) -> frozenset[str]:
     """The mesh axes of shard_map along which devices hold different values."""
     aval = jax.typeof(leaf)
-    # JAX 0.10 has put it into an object; before it was vma, and at first nothing.
+    # JAX 0.10 has put it into an object; before it was vma.
     kind = getattr(aval, "manual_axis_type", None)
-    return getattr(aval, "vma", frozenset()) if kind is None else kind.varying
+    return aval.vma if kind is None else kind.varying
 
 
 def manual_axes() -> tuple[str, ...]:
@@ -117,8 +117,8 @@ def manual_axes() -> tuple[str, ...]:
 def is_unknown() -> bool:
     """Whether the caller is mapped, and types do not say which values differ.
 
-    So it is in shard_map with ``check_vma=False``, and in pmap, which is seen since
-    JAX 0.8: not even a device's own index differs there.
+    So it is in shard_map with ``check_vma=False``, and in pmap: not even a device's own
+    index differs there.
     """
     return any(not varying(jax.lax.axis_index(axis)) for axis in manual_axes())
 

@@ -9,6 +9,7 @@ Read downwards; each file calls only those below it:
     eager           executor: PyTorch's kernels over lists of tensors
     formula         executor: the step as the formulas stand; the others are tested
                     against it, and torch.compile takes it
+    rounding        random bits, for what the formula writes into bfloat16 arrays
     batches         which tensors go together: data only
     modes           exchanges y for x in the parameters, and x for y
 """

@@ -29,12 +29,6 @@ MAKE = {
 ACROSS = ("muon", "normuon", "prodigy")  # those that refuse parts
 WHOLE = {"w": MATRIX, "u": MATRIX[::-1].copy(), "b": MATRIX[0]}
 SPECS = {"w": P("data", "model"), "u": P(None, "model"), "b": P()}
-explicit = pytest.mark.skipif(
-    not hasattr(jax, "set_mesh"), reason="explicit meshes were not yet public"
-)
-mapped_pmap = pytest.mark.skipif(
-    jax.__version_info__ < (0, 8), reason="pmap was not yet a shard_map, and not seen"
-)
 EACH = 8.0  # how far apart the losses of two neighbours are
 
 
@@ -94,7 +88,6 @@ def specs_of(state):
 # Explicit meshes
 
 
-@explicit
 @pytest.mark.parametrize(
     ("name", "compiled"),
     [*((name, True) for name in MAKE), ("normuon", False), ("prodigy", False)],
@@ -115,7 +108,6 @@ def test_an_explicit_mesh_gives_the_run_of_one_device(name, compiled, on_one_dev
         assert jax.typeof(before).sharding.spec == jax.typeof(after).sharding.spec
 
 
-@explicit
 def test_numbers_that_lie_on_an_explicit_mesh_are_refused_by_their_cause():
     mesh = mesh_of(AxisType.Explicit)
     with jax.set_mesh(mesh):
@@ -163,7 +155,6 @@ def test_a_part_of_a_leaf_is_refused_and_a_whole_one_is_not(name):
     assert_close(mapped(MAKE[name](per_device=True), P(), check_vma=False), expected)
 
 
-@mapped_pmap
 @pytest.mark.parametrize("name", ACROSS)
 def test_parts_in_pmap_are_refused(name):
     tx, params = MAKE[name](), {"w": jnp.asarray(MATRIX)}
@@ -264,7 +255,6 @@ def replicas_of_plus(axis_name, loss):
     return float(jnp.max(jnp.abs(params["w"] - params["w"][:1])))
 
 
-@mapped_pmap
 def test_replicas_of_plus_do_not_part_unnoticed():
     with pytest.raises(ValueError, match=r"axis_name=\(\)"):
         replicas_of_plus(None, lambda loss: loss)
