@@ -32,6 +32,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis  # noqa: E402
+import pytest  # noqa: E402
 
 # No deadline: the first example of a property compiles. In CI a run must give the
 # same answer twice; at a desk new examples are welcome.
@@ -47,3 +48,13 @@ hypothesis.settings.load_profile(
 # They have no examples that run by themselves, and importing them for doctests would
 # import Lightning and Transformers, which are optional and take seconds.
 collect_ignore = ["sf_torch/lightning.py", "sf_torch/transformers.py"]
+
+
+@pytest.fixture
+def ahead_of_time():
+    """Without the cache: programs of devices that are not here cannot be read back."""
+    import jax  # after the settings above
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)

@@ -33,7 +33,7 @@ SCALARS = 0.01  # of the float32 parameters: what numbers and partial sums may a
 LAUNCHES = 14  # that compute numbers; ScheduleFree+ needs the most
 DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("ahead_of_time")]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -26,7 +26,7 @@ TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 LEAF = 2**27
 SCALARS = 0.1  # of a leaf: what scalars and the compiler's padding may add
 
-pytestmark = pytest.mark.tpu
+pytestmark = [pytest.mark.tpu, pytest.mark.usefixtures("ahead_of_time")]
 
 
 def sharding_on(topology):
