@@ -179,16 +179,21 @@ def _measure_together(
 def _interleaved(
     timed: dict[str, Callable[[int], float]], settings: Settings
 ) -> dict[str, list[float]]:
-    """Seconds a step, of every block of every name: A B C A B C ..."""
+    """Seconds a step, of every block of every name: A B C, C B A, A B C ...
+
+    What stands before a block costs it time: caches, the other framework's threads. So
+    a block begins with a step that is not timed, and every second round goes backwards.
+    """
     counts = {}
     for name, steps in timed.items():
         seconds = max(steps(1), 1e-7)
         # A block lasts a share of the time that the rounds have, one step at least.
         counts[name] = max(1, int(settings.seconds / settings.rounds / seconds))
     times: dict[str, list[float]] = {name: [] for name in timed}
-    for _ in range(settings.rounds):
-        for name, steps in timed.items():
-            times[name].append(steps(counts[name]))
+    for round_ in range(settings.rounds):
+        for name in reversed(timed) if round_ % 2 else timed:
+            timed[name](1)
+            times[name].append(timed[name](counts[name]))
     return times
 
 
