@@ -12,6 +12,7 @@ from parity_tests.registry.case import Case
 from parity_tests.runners.voices import VOICES, unsupported
 
 OURS = {"sf_jax", "sf_torch"}
+ONE_BY_ONE = {"jax eager", "jax eager, x stored"}  # each operation is compiled alone
 
 
 def cases_where(holds: Callable[[Case], bool]) -> pytest.MarkDecorator:
@@ -28,11 +29,12 @@ def supports(*packages: str) -> Callable[[Case], bool]:
     return lambda case: not any(map(case.unsupported, packages))
 
 
-def hold(case: Case, against: str, packages: set[str]) -> None:
+def hold(case: Case, against: str, packages: set[str], eager: bool = False) -> None:
     outcomes = [
         check(case, voice, other)
         for voice, other in comparisons(case)
         if other == against and VOICES[voice].package in packages
+        if (voice in ONE_BY_ONE) == eager
     ]
     assert outcomes
     assert [f"{o.voice}: {o.distance}" for o in outcomes if not o.ok] == []
@@ -41,6 +43,12 @@ def hold(case: Case, against: str, packages: set[str]) -> None:
 @cases_where(lambda case: True)
 def test_every_voice_follows_the_reference(case: Case) -> None:
     hold(case, "reference", OURS | {"meta"})
+
+
+@pytest.mark.slow
+@cases_where(lambda case: case.thorough)
+def test_jax_without_jit_follows_the_reference(case: Case) -> None:
+    hold(case, "reference", {"sf_jax"}, eager=True)
 
 
 @cases_where(supports("meta"))

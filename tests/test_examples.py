@@ -44,7 +44,7 @@ def digits(run):
     return run("digits")
 
 
-LONG = {"anytime", "char_lm_linen", "port_a_run"}
+LONG = {"anytime", "char_lm_linen", "char_lm_nnx", "digits", "port_a_run"}
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,7 @@ def test_runs_and_writes_into_out(run, name):
     assert any(out.iterdir())
 
 
+@pytest.mark.slow
 def test_digits_prints_where_everything_is(digits):
     printed, out = digits
     written = {p.name for p in out.iterdir()}
@@ -73,6 +74,7 @@ def test_digits_prints_where_everything_is(digits):
         assert str(out / name) in printed
 
 
+@pytest.mark.slow
 def test_digits_optimizers_agree_on_equal_gradients(digits):
     summary = json.loads((digits[1] / "summary.json").read_text())
     assert summary["steps"] == 6
@@ -81,6 +83,7 @@ def test_digits_optimizers_agree_on_equal_gradients(digits):
     assert {"jax_eval_accuracy", "torch_eval_accuracy", "seconds"} <= summary.keys()
 
 
+@pytest.mark.slow
 def test_digits_report_needs_no_other_file(digits):
     page = (digits[1] / "report.html").read_text()
     linked = re.findall(r"""(?:src|href)=["']?(?!["']?#)([^"'\s>]+)""", page)
@@ -96,6 +99,7 @@ def test_ported_run_agrees_on_equal_gradients(run):
     assert summary["max_ulps_equal_gradients"] <= 64
 
 
+@pytest.mark.slow
 def test_digits_checkpoint_holds_tensors_only(digits):
     torch.load(digits[1] / "torch.pt", weights_only=True)
 

@@ -143,7 +143,10 @@ def worker(kind, directory):
     )
 
 
-@pytest.fixture(scope="module", params=RUNS)
+@pytest.fixture(
+    scope="module",
+    params=["save_checkpoint", pytest.param("orbax", marks=pytest.mark.slow)],
+)
 def kind(request):
     return request.param
 

@@ -176,7 +176,14 @@ def test_scalars_at_the_last_count():
 
 # Muon's matrices cost much to compile and add nothing that has a slope of its own.
 # Those that are left out share their roots and divisions with one that is here.
-SLOPES = ("adamw_momentum", "gpa", "paper", "plus", "prodigy", "radam_loud", "refined")
+SLOPES = [
+    "plus",
+    "radam_loud",
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("adamw_momentum", "gpa", "paper", "prodigy", "refined")
+    ),
+]
 
 
 @pytest.mark.parametrize("name", SLOPES)

@@ -90,7 +90,11 @@ def specs_of(state):
 
 @pytest.mark.parametrize(
     ("name", "compiled"),
-    [*((name, True) for name in MAKE), ("normuon", False), ("prodigy", False)],
+    [
+        *((name, True) for name in MAKE),
+        pytest.param("normuon", False, marks=pytest.mark.slow),
+        pytest.param("prodigy", False, marks=pytest.mark.slow),
+    ],
 )
 def test_an_explicit_mesh_gives_the_run_of_one_device(name, compiled, on_one_device):
     mesh = mesh_of(AxisType.Explicit)
