@@ -146,7 +146,14 @@ def assert_close(ours: Tree, truth: Tree, ulps: float = ULPS) -> None:
         assert error <= ulps * 2.0**-23 * largest, name
 
 
-def run(framework: str, name: str, options: Options, grads: Any, **more: Any) -> End:
+def run(
+    framework: str,
+    name: str,
+    options: Options,
+    grads: Any,
+    skip_nonfinite: bool = False,
+    **more: Any,
+) -> End:
     """The registry's optimizer of this name."""
     row = OPTIMIZERS[name]
     if framework == "jax":
@@ -156,6 +163,7 @@ def run(framework: str, name: str, options: Options, grads: Any, **more: Any) ->
     def build(params: Any) -> Any:
         assert row.torch is not None
         group = {"params": params, **row.arguments(start)}
+        group["skip_nonfinite"] = skip_nonfinite
         return row.torch([group], start, "", False)
 
     def each(optimizer: Any, k: int) -> None:
@@ -379,11 +387,15 @@ def test_a_tree_without_leaves_is_no_trouble(name):
     assert sf_jax.eval_params(state, {}) == {}
 
 
-@each_optimizer
+@pytest.mark.parametrize("name", [*NAMES, "plus"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_apply_if_finite_skips_without_a_trace(name, dtype):
-    """The run with broken gradients in between is, bit by bit, the run without."""
-    tx = optax.apply_if_finite(OPTIMIZERS[name].jax(Options(lr=0.05), False), 10)
+    """The run with broken gradients in between is, bit by bit, the run without.
+
+    And it is that of PyTorch's ``skip_nonfinite``.
+    """
+    options = OPTIMIZERS[name].options(lr=0.05)
+    tx = optax.apply_if_finite(OPTIMIZERS[name].jax(options, False), 10)
     update = jax.jit(tx.update)
 
     def train(grads: Sequence[Tree]) -> Any:
@@ -392,14 +404,19 @@ def test_apply_if_finite_skips_without_a_trace(name, dtype):
         for g in grads:
             before = params, state.inner_state
             typed = {n: jnp.asarray(leaf, dtype) for n, leaf in g.items()}
-            updates, state = update(typed, state, params)
+            updates, state = update(typed, state, params, value=LOSS)
             params = optax.apply_updates(params, updates)
             if not state.last_finite:
                 equal(before, (params, state.inner_state))
             assert_finite((params, state.inner_state))
         return params, state.inner_state, sf_jax.eval_params(state, params)
 
-    equal(train(GRADS), train(with_broken(GRADS)))
+    params, state, x = train(with_broken(GRADS))
+    equal(train(GRADS), (params, state, x))
+    if dtype == "float32":
+        ours = run("torch", name, options, with_broken(GRADS), skip_nonfinite=True)
+        for theirs, tensors in ((params, ours.y), (x, ours.x), (state.z, ours.z)):
+            assert_close(tensors, jax.tree.map(np.asarray, theirs))
 
 
 def equal(a: Any, b: Any) -> None:

@@ -180,4 +180,5 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "store_x": boolean,
     "silent_sgd_phase": boolean,
     "upstream_compatible": boolean,
+    "skip_nonfinite": boolean,
 }

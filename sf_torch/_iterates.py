@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,13 @@ from sf_torch._step.schedule import Group
 
 ITERATES = ("z", "x", "y")
 """Keys of a parameter's state that are Schedule-Free's, whatever moves z."""
+
+NEEDED = (
+    *("k", "weight_sum", "lr_max"),
+    *("lr", "betas", "momentum", "mu_x", "mu_y", "eps", "weight_decay"),
+)
+"""Keys that all groups have that have one of this name, in files of whatever age and
+of the published packages. Others were added later, and have defaults."""
 
 
 class Iterates(torch.optim.Optimizer):
@@ -93,7 +101,8 @@ class Iterates(torch.optim.Optimizer):
         try:
             yield
         finally:
-            self._switch(before)
+            if self._spoiled is None:  # else what has spoiled it is on its way
+                self._switch(before)
 
     @torch.no_grad()
     def _switch(self, training: bool) -> None:
@@ -101,11 +110,35 @@ class Iterates(torch.optim.Optimizer):
         modes = self.__dict__.setdefault("_modes", Modes())
         switch = modes.to_y if training else modes.to_x
         moved = {id(group): self._moved(group) for group in self.param_groups}
-        for group in self.param_groups:
-            if group["train_mode"] != training:
+        groups = [g for g in self.param_groups if g["train_mode"] != training]
+        with self._moving():
+            for group in groups:
                 fuses = self._way(group).fuses
                 switch(moved[id(group)], group["b1"], fuses)
                 group["train_mode"] = training
+
+    # Arrays move in place, many in a step. What fails among them leaves some moved and
+    # some not, and nothing tells which.
+    _spoiled: str | None = None
+
+    @contextmanager
+    def _moving(self) -> Iterator[None]:
+        """What is raised within the block spoils the optimizer."""
+        try:
+            yield
+        except BaseException as error:
+            self._spoiled = f"{type(error).__name__}: {error}"
+            raise
+        self._spoiled = None
+
+    def _refuse_spoiled(self) -> None:
+        if self._spoiled is not None:
+            raise RuntimeError(
+                "a step or a switch of modes failed half-way, so that some arrays have "
+                f"moved and others have not. It was {self._spoiled}. Bring the run "
+                "back: load_checkpoint, or load_state_dict of both the model and this "
+                "optimizer, with what was saved before."
+            )
 
     @torch.no_grad()
     def eval_params(self, dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -243,17 +276,23 @@ class Iterates(torch.optim.Optimizer):
             param_group.setdefault("train_mode", self.training)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        group.update({k: _plain(group[k]) for k in group if k != "params"})
         try:
             _checks.dtypes([p for p in group["params"] if p.requires_grad])
-            self._check_group(group)
+            self._check_group(group, self.param_groups[0])
         except Exception:
             del self.param_groups[-1]
             raise
         group.setdefault("b1", self._beta(group))
 
-    def _check_group(self, group: Group) -> None:
+    def _check_group(self, group: Group, first: Group) -> None:
+        """Refuses options; ``first`` is the first of the groups that it is one of."""
         _checks.options(group)
         fused.check(group)
+
+    def _needed(self, group: Group) -> list[str]:
+        """Keys of a group without which a saved run could not go on as it was."""
+        return [key for key in NEEDED if key in group]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -265,13 +304,23 @@ class Iterates(torch.optim.Optimizer):
             group.setdefault("b1", self._beta(group))
         self._unsettled = True
 
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_spoiled()
+        return super().__getstate__()
+
     def state_dict(self) -> dict[str, Any]:
         """As of every torch optimizer; with y, in train mode too, where x needs it.
 
         The model may be saved at x beside it, and loaded before or after: y says then
         what its parameters hold, and what they should.
+
+        Raises:
+          RuntimeError: a step has failed half-way.
         """
+        self._refuse_spoiled()
         saved = super().state_dict()
+        for group in saved["param_groups"]:
+            group.update({key: _plain(value) for key, value in group.items()})
         pairs = zip(saved["param_groups"], self.param_groups, strict=True)
         for indices, group in pairs:
             if not group["train_mode"]:
@@ -287,9 +336,10 @@ class Iterates(torch.optim.Optimizer):
         """Loads a state dict of this optimizer or of ``schedulefree``'s.
 
         Raises:
-          ValueError: groups or shapes that do not fit, or the state of an optimizer
-            that is not Schedule-Free or does not count its steps in its groups;
-            nothing has changed then.
+          ValueError: what no optimizer of this class could have saved: groups or
+            shapes that do not fit, counters and options that the constructor would
+            refuse, moments that are missing or left over. All of it is in one message,
+            and nothing has changed then.
         """
         _loaded.check_fits(self, state_dict)
         # A package without modes in its groups says nothing against the present one.
@@ -299,6 +349,7 @@ class Iterates(torch.optim.Optimizer):
         super().load_state_dict({**state_dict, "param_groups": groups})
         _loaded.restore_dtypes(self, state_dict)
         _loaded.place(self.param_groups, self.state, strict=False)
+        self._spoiled = None
 
     # The model may be loaded after the optimizer. What the parameters hold is therefore
     # looked at only when it first matters.
@@ -308,8 +359,10 @@ class Iterates(torch.optim.Optimizer):
         """After loading: each parameter holds the iterate of its group's mode.
 
         Raises:
-          RuntimeError: the loaded state is not that of the parameters.
+          RuntimeError: the loaded state is not that of the parameters, or a step has
+            failed half-way.
         """
+        self._refuse_spoiled()
         if not self._unsettled:
             return
         act(self.param_groups, self.state)
@@ -324,6 +377,15 @@ class Iterates(torch.optim.Optimizer):
 def _state_dtype(param: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
     dtype = asked or wide_dtype(param)
     return torch.promote_types(dtype, torch.complex64) if param.is_complex else dtype
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of NumPy as Python's: files with them are not read by weights_only."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) in (tuple, list):
+        return type(value)(map(_plain, value))
+    return value
 
 
 def _to_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -23,6 +23,7 @@ from sf_torch._step import formula
 from sf_torch._step.batches import MISSED, Leaf, local
 from sf_torch._step.dispatch import Plan, Way
 from sf_torch._step.eager import Scratch
+from sf_torch._step.finite import not_finite
 from sf_torch._step.numbers import Numbers
 from sf_torch._step.schedule import (
     Group,
@@ -32,6 +33,8 @@ from sf_torch._step.schedule import (
     to_device,
     warmed_up,
 )
+
+COMPILED = "an exception in compiled code"
 
 
 class ScheduleFree(Iterates):
@@ -66,7 +69,8 @@ class ScheduleFree(Iterates):
 
         Raises:
           RuntimeError: in eval mode, or for sparse gradients; nothing has moved then.
-          ValueError: a parameter of integers has a gradient; the same.
+            Or after a step that has failed half-way: it names the exception.
+          ValueError: a parameter of integers has a gradient; nothing has moved then.
         """
         self._check_mode()
         loss = None
@@ -74,7 +78,8 @@ class ScheduleFree(Iterates):
             with torch.enable_grad():
                 loss = closure()
         self._check_gradients()
-        self._advance(loss, closure)
+        if not self._skips():
+            self._take(loss, closure)
         return loss
 
     # These are kept from torch.compile: they read or write what each step changes, and
@@ -100,6 +105,38 @@ class ScheduleFree(Iterates):
                         "sparse gradients are not supported: z, x and y are dense. "
                         "Build the embedding with sparse=False."
                     )
+
+    # Of a capturable optimizer: whether this step moves nothing, known to the device.
+    _skip: Tensor | None = None
+
+    @torch.compiler.disable
+    def _skips(self) -> bool:
+        """Whether gradients are not finite where ``skip_nonfinite`` says to look."""
+        self._skip = None
+        groups = self.param_groups
+        looked_at = [group for group in groups if group["skip_nonfinite"]]
+        if not looked_at:
+            return False
+        skip = not_finite([p.grad for g in looked_at for p in g["params"]])
+        # A change of β is made by the host, which therefore has to know.
+        if all(self._way(g).captures and self._beta(g) == g["b1"] for g in groups):
+            self._skip = skip
+            return False
+        return bool(skip)
+
+    @torch.compiler.disable(recursive=False)
+    def _take(self, loss: Any, closure: Callable[[], Any] | None) -> None:
+        """Catches what compiled code raises, which itself could not."""
+        try:
+            self._advance(loss, closure)
+        except BaseException as error:
+            if self._spoiled == COMPILED:
+                of_compiler = isinstance(error, torch._dynamo.exc.TorchDynamoException)
+                # What is not compiled has not run.
+                self._spoiled = (
+                    None if of_compiler else f"{type(error).__name__}: {error}"
+                )
+            raise
 
     def _advance(self, loss: Any, closure: Callable[[], Any] | None) -> None:
         compiles = torch.compiler.is_compiling()
@@ -133,6 +170,8 @@ class ScheduleFree(Iterates):
             for missed, params in self._parts(group):
                 numbers = self._base_numbers(draft, lr, draft["k"] - missed)
                 numbers = numbers.averaged(ckp1, b1, next_b1)
+                if self._skip is not None:
+                    numbers = numbers._replace(skip=self._skip)
                 if way.seed is not None:
                     numbers = numbers._replace(step=int(draft["k"]))
                 grads = [p.grad for p in params if p.grad is not None]
@@ -149,6 +188,8 @@ class ScheduleFree(Iterates):
                     planned.append((plan, numbers, grads))
             draft["b1"], draft["k"] = next_b1, draft["k"] + 1
             steps.append((group, draft, planned))
+        if compiled:  # which moves before _finish does
+            self._spoiled = COMPILED
         return steps, compiled
 
     def _measure(self, loss: Any, drafts: list[Group]) -> None:
@@ -157,15 +198,16 @@ class ScheduleFree(Iterates):
     @torch.compiler.disable
     def _finish(self, steps: list[Any]) -> None:
         """Moves what no compiler has moved, and makes the drafts the groups' own."""
-        for group, draft, planned in steps:
-            for plan, numbers, grads in planned:
-                plan.step(numbers, grads)
-                # What a CUDA graph of the step reads whenever it is replayed.
-                self.__dict__.setdefault("_captured", []).extend(plan.captured())
-            for p, _ in self._moved(group):
-                if p.grad is None:
-                    self._stay(p, group, draft)
-            enter_counters(group, draft)
+        with self._moving():
+            for group, draft, planned in steps:
+                for plan, numbers, grads in planned:
+                    plan.step(numbers, grads)
+                    # What a CUDA graph of the step reads whenever it is replayed.
+                    self.__dict__.setdefault("_captured", []).extend(plan.captured())
+                for p, _ in self._moved(group):
+                    if p.grad is None:
+                        self._stay(p, group, draft)
+                enter_counters(group, draft, self._skip)
 
     def _plan(
         self,
@@ -222,7 +264,7 @@ class ScheduleFree(Iterates):
             if self._way(group).captures and not isinstance(missed, Tensor):
                 missed = torch.full_like(draft["k"], missed)
             # In place on the device, as k is: a CUDA graph of the step moves both.
-            missed += 1
+            missed += 1 if self._skip is None else ~self._skip
             state[MISSED] = missed
         next_b1 = draft["b1"]
         if next_b1 != group["b1"]:
@@ -240,6 +282,7 @@ def bookkeeping(
     capturable: bool = False,
     rounding: str | None = None,
     seed: int = 0,
+    skip_nonfinite: bool = False,
 ) -> Group:
     """The entries of a group that are not options of the algorithm.
 
@@ -256,4 +299,5 @@ def bookkeeping(
         "state_dtype": state_dtype,
         "fused": fused,
         "capturable": capturable,
+        "skip_nonfinite": skip_nonfinite,
     }

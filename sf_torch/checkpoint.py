@@ -5,8 +5,7 @@ from typing import Any
 
 import torch
 
-from sf_torch import _archive
-from sf_torch._loaded import saved_states
+from sf_torch import _archive, _loaded
 from sf_torch._optimizer import ScheduleFree
 from sf_torch._optimizers.forms import Closure
 
@@ -63,7 +62,7 @@ def save_checkpoint(
     saved = optimizer.state_dict()
     if optimizer.training:
         # Made from x and z on loading, y could be a rounding off.
-        for index, p, state in saved_states(optimizer, saved):
+        for index, p, state in _loaded.saved_states(optimizer, saved):
             if "z" in state:
                 saved["state"][index] = {"y": p.detach(), **state}
     content = {
@@ -100,13 +99,7 @@ def load_checkpoint(
     content = _read(path)
     _check_shapes(path, content["model"], model)
     saved = content["optimizer"]
-    groups = [len(group["params"]) for group in saved["param_groups"]]
-    own = [len(group["params"]) for group in optimizer.param_groups]
-    if groups != own:
-        raise ValueError(
-            f"{path} has parameter groups of {groups} parameters, the optimizer of "
-            f"{own}. Build the optimizer as it was when the file was saved."
-        )
+    _loaded.check_structure(optimizer, saved)
     # The file is that of eval mode: the model at x, and y aside.
     at_x = [{**group, "train_mode": False} for group in saved["param_groups"]]
     optimizer.load_state_dict({**saved, "param_groups": at_x})
@@ -147,7 +140,8 @@ def _resume(optimizer: ScheduleFree) -> None:
 
 def _check_pair(model: torch.nn.Module, optimizer: ScheduleFree) -> None:
     stepped = any("z" in state for state in optimizer.state.values())
-    has_modes = stepped and not isinstance(optimizer, Closure)
+    half_moved = optimizer._spoiled is not None
+    has_modes = stepped and not half_moved and not isinstance(optimizer, Closure)
     if has_modes and model.training != optimizer.training:
         modes = [m.training for m in (model, optimizer)]
         model_mode, mode = ("train" if training else "eval" for training in modes)
@@ -167,11 +161,18 @@ def _check_shapes(
     problems = [f"missing {name}" for name in own.keys() - saved.keys()]
     problems += [f"unexpected {name}" for name in saved.keys() - own.keys()]
     problems += [
-        f"{name} is {tuple(saved[name].shape)}, the model's {tuple(own[name].shape)}"
+        f"{name} is {_kind(saved[name])}, the model's {_kind(own[name])}"
         for name in own.keys() & saved.keys()
-        if isinstance(own[name], torch.Tensor) and saved[name].shape != own[name].shape
+        if isinstance(own[name], torch.Tensor)
+        and _kind(saved[name]) != _kind(own[name])
     ]
     if problems:
         raise ValueError(
             f"{path} does not fit the model: {'; '.join(sorted(problems))}."
         )
+
+
+def _kind(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return f"of type {type(value).__name__}"
+    return f"{tuple(value.shape)}{', complex' if value.is_complex() else ''}"

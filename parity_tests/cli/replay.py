@@ -292,6 +292,7 @@ class _InJax:
             names=[torch_checkpoint.Leaf(name, name) for name in run.start],
             param_names=[name for group in run.groups for name in group.names],
             model_holds="y",
+            unmoved=[name for name, i in index.items() if "z" not in state[i]],
         )
 
     def step(self, grads: Leaves) -> None:

@@ -1,7 +1,7 @@
 """The two directions: :func:`from_torch` and :func:`to_torch`."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,11 @@ from sf_jax._double import scalar_dtype
 from sf_jax._eval import own
 from sf_jax._paths import Path, leaves, map_leaves
 from sf_jax._schedule_free import ScheduleFreeState
+from sf_jax.torch_checkpoint.entries import (
+    array_problems,
+    check_model,
+    check_optimizer,
+)
 from sf_jax.torch_checkpoint.names import (
     NAME_THEM,
     Leaf,
@@ -63,6 +68,7 @@ def from_torch(
     names: Sequence[Leaf] | None = None,
     param_names: Sequence[str] | None = None,
     model_holds: str | None = None,
+    unmoved: Collection[str] = (),
 ) -> JaxRun:
     r"""A PyTorch run as JAX parameters and optimizer state.
 
@@ -89,16 +95,22 @@ def from_torch(
         optimizer's state shows where it holds x or y too, as in the file of
         ``sf_torch.save_checkpoint``, whose model is at x in either mode; else what the
         optimizer's mode says. Meta's wrapper saves neither.
+      unmoved: the model's names of parameters that have had no gradient so far, such as
+        frozen ones, beside others that have moved. PyTorch keeps nothing for them,
+        which would otherwise be a state that has been lost. They arrive with
+        ``z = x = y`` and moments 0, whose bias JAX corrects by the count of all.
 
     Returns:
-      A :class:`JaxRun`. A parameter that has had no gradient yet arrives with
-      ``z = x = y`` and moments 0.
+      A :class:`JaxRun`.
 
     Raises:
       ValueError: leaves that are missing, left over, ambiguous or misshapen, moments
-        without a place, groups that one state cannot hold, another β, parameters that
-        are neither x nor y of their state, a parameter whose bias PyTorch corrects by
-        fewer steps than its group's: all of it in one message.
+        without a place or without z, parameters without a state, values that are not
+        finite or not real, negative second moments, counters that no run can have,
+        groups that one state cannot hold, another β, parameters that are neither x nor
+        y of their state, a parameter whose bias PyTorch corrects by fewer steps than
+        its group's: all of it in one message.
+      TypeError: an entry that is no tensor or no name where one belongs.
 
     Examples:
       >>> import numpy as np, jax.numpy as jnp, sf_jax
@@ -118,9 +130,23 @@ def from_torch(
     References:
       Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
     """
+    check_model(model)
+    check_optimizer(optimizer)
     row_of = {row.jax: row for row in _rows(names, model, params, batch_stats)}
     problems: list[str] = []
-    parameters = read_parameters(model, optimizer, param_names, model_holds, problems)
+    parameters = read_parameters(
+        model, optimizer, param_names, model_holds, unmoved, problems
+    )
+    for path, leaf in (leaves_of(params) | leaves_of(batch_stats)).items():
+        if (name := row_of[path].torch) is None:
+            continue
+        tensor = to_numpy(model[name])
+        if name not in parameters:
+            problems += array_problems(name, "", tensor)
+        if np.iscomplexobj(tensor) and not jnp.issubdtype(
+            leaf.dtype, np.complexfloating
+        ):
+            problems.append(f"different: {name} is {tensor.dtype}, {path} {leaf.dtype}")
     raise_all(problems, BUILD_ALIKE)
     y_of: dict[str, np.ndarray] = {}
     used: set[tuple[str, str]] = set()
@@ -162,7 +188,7 @@ def from_torch(
         y_of.update({path: p.y(b1) for path, p in owned.items()})
         k = min(scalars.k, np.iinfo(np.int32).max)
         lr_max = np.asarray(scalars.lr_max, scalar_dtype())
-        ratio = scalars.ratio(float(lr_max), problems)
+        ratio = scalars.ratio(float(lr_max))
         rounded = np.asarray(ratio, scalar_dtype())
         return state._replace(
             count=_as(k, state.count),
@@ -248,6 +274,8 @@ def to_torch(
       >>> model["weight"].shape, sorted(optimizer["state"][0])
       ((3, 2), ['z'])
     """
+    check_model(model)
+    check_optimizer(optimizer)
     rows_of = rows_by_tensor(_rows(names, model, params, batch_stats))
     problems: list[str] = []
     order = name_order(model, optimizer, param_names, problems)

@@ -15,6 +15,7 @@ import numpy as np
 
 from sf_jax import _paths
 from sf_jax._paths import Path, in_words, show
+from sf_jax.torch_checkpoint.entries import check_model
 
 NAME_THEM = (
     "Name the leaves with rows of torch_checkpoint.Leaf: "
@@ -178,6 +179,7 @@ def guess_names(
     Raises:
       ValueError: leaves that are missing, left over, ambiguous or misshapen, all of
         them in one message.
+      TypeError: an entry of model that is no tensor or no name where one belongs.
 
     Examples:
       >>> import numpy as np
@@ -187,6 +189,7 @@ def guess_names(
       0.weight -> Dense_0/kernel, axes (1, 0)
       0.bias -> Dense_0/bias
     """
+    check_model(model)
     theirs = torch_shapes(model)
     ours = shapes_of(params) | shapes_of(batch_stats)
     rows, ambiguous = _guess(theirs, ours, list(known))

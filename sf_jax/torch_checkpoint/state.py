@@ -5,13 +5,14 @@ may stand in for them everywhere.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from sf_jax.torch_checkpoint.entries import array_problems, group_problems
 from sf_jax.torch_checkpoint.names import first_names
 
 # Whatever a state keeps beside the moments: the iterates (y is also the parameter's
@@ -61,6 +62,11 @@ class Scalars:
             weight_lr_power=_float(group.get("weight_lr_power")),
         )
 
+    def powers(self) -> tuple[float, float]:
+        """r and weight_lr_power, by default where the group does not tell them."""
+        r = 0.0 if self.r is None else self.r
+        return r, 2.0 if self.weight_lr_power is None else self.weight_lr_power
+
     def unit(self, k: int, lr_max: float) -> float:
         """What W is divided by in JAX and not in PyTorch: the weight of the last step.
 
@@ -71,27 +77,32 @@ class Scalars:
           k: steps taken, at least 1.
           lr_max: as the JAX state has it, rounded.
         """
-        r = 0.0 if self.r is None else self.r
-        power = 2.0 if self.weight_lr_power is None else self.weight_lr_power
+        r, power = self.powers()
         lr_max = lr_max if lr_max > 0 else 1.0  # no step has had a weight by it
         if max(abs(r * math.log2(k)), abs(power * math.log2(lr_max))) > 500:
             return 1.0
         return float(k) ** r * lr_max**power
 
-    def ratio(self, lr_max: float, problems: list[str]) -> float:
-        """``W / w``, what the JAX state holds; what speaks against it into problems."""
-        if self.weight_sum == 0:
-            return 0.0
-        ratio = self.weight_sum / self.unit(max(self.k, 1), lr_max)
-        told = self.r is not None and self.weight_lr_power is not None
+    def ratio(self, lr_max: float) -> float:
+        """``W / w``, what the JAX state holds."""
+        return self.weight_sum / self.unit(max(self.k, 1), lr_max)
+
+    def problems(self) -> Iterator[str]:
+        """What speaks against the sum of weights."""
+        r, power = self.powers()
         # So many weights, of which none is larger than the last.
-        if not told and not 1 - 1e-5 <= ratio <= self.k * (1 + 1e-5):
-            problems.append(
-                f"different: {self.k} steps of r = 0 and weight_lr_power = 2 do not "
-                f"add up to a weight_sum of {self.weight_sum:g}. The optimizer's "
-                "param_groups do not tell both: write them into these"
+        most = self.k * (1 + 1e-5) if min(r, power) >= 0 else math.inf
+        if not self.weight_sum or 1 - 1e-5 <= self.ratio(self.lr_max) <= most:
+            return
+        problem = (
+            f"different: {self.k} steps of r = {r:g} and weight_lr_power = {power:g} "
+            f"do not add up to a weight_sum of {self.weight_sum:g}"
+        )
+        if self.r is None or self.weight_lr_power is None:
+            problem += (
+                ". The optimizer's param_groups do not tell both: write them into these"
             )
-        return ratio
+        yield problem
 
 
 @dataclass(frozen=True)
@@ -170,6 +181,7 @@ def read_parameters(
     optimizer: Mapping[str, Any],
     param_names: Sequence[str] | None,
     model_holds: str | None,
+    unmoved: Collection[str],
     problems: list[str],
 ) -> dict[str, Parameter]:
     """The optimizer's parameters by name; what is wrong with them into problems."""
@@ -180,8 +192,14 @@ def read_parameters(
         )
     order = name_order(model, optimizer, param_names, problems)
     parameters, unknown = {}, False
-    for group in optimizer["param_groups"]:
+    problems += [f"unknown: {name} in unmoved" for name in {*unmoved} - {*model}]
+    for i, group in enumerate(optimizer["param_groups"]):
+        impossible = list(group_problems(i, group))
+        problems += impossible
+        if impossible:
+            continue
         scalars, by_mode = Scalars.of(group), None
+        problems += scalars.problems()
         if "train_mode" in group:
             by_mode = "y" if group["train_mode"] else "x"
         for index in group["params"]:
@@ -196,6 +214,18 @@ def read_parameters(
                 and key != MISSED
             }
             problems += _count_problems(name, saved, group)
+            for key, value in (("", param), *state.items()):
+                problems += array_problems(name, key, value)
+            problems += [
+                f"different: {key} is {value.dtype} and {name} {param.dtype}"
+                for key, value in state.items()
+                if key != "exp_avg_sq"
+                and np.iscomplexobj(value)
+                and not np.iscomplexobj(param)
+            ]
+            moments = sorted(state.keys() - IMPLIED)
+            if moments and "z" not in state:
+                problems.append(f"missing: z of {name}, beside {', '.join(moments)}")
             problems += [
                 f"misshapen: {key} {value.shape} of {name} {param.shape}; is the "
                 "optimizer's order another? (param_names=)"
@@ -222,8 +252,21 @@ def read_parameters(
             "model_holds="
         )
     started = any(optimizer["state"].values())
-    if started and not any("z" in p.state for p in parameters.values()):
+    have_z = {name for name, p in parameters.items() if "z" in p.state}
+    if started and not have_z:
         problems.append("no z in the optimizer's state: it is no Schedule-Free one")
+    elif started:
+        problems += [
+            f"missing: the state of {name}. If it has had no gradient so far, pass "
+            "its name in unmoved="
+            for name, p in parameters.items()
+            if not p.state and name not in unmoved
+        ]
+    problems += [
+        f"left over: a state of {name}, which is in unmoved"
+        for name in unmoved
+        if name in have_z
+    ]
     return parameters
 
 
@@ -236,12 +279,15 @@ def _count_problems(
     rate to the power of the parameter's own count shows beside 1 in float32, the two
     counts correct alike, at this step and at all later ones.
     """
-    missed = int(state.get(MISSED, 0))
-    if not missed or group.get("upstream_compatible"):  # which has the group's count
+    missed, k = state.get(MISSED, 0), int(group.get("k", 0))
+    if not 0 <= missed <= k or missed % 1:
+        return [f"impossible: {MISSED} of {name} is {missed}, of {k} steps"]
+    missed = int(missed)
+    # With upstream_compatible it has the group's count.
+    if not missed or group.get("upstream_compatible") or "betas" not in group:
         return []
     b1, b2 = group["betas"]
     decay = max(b2, group.get("inner_momentum", b1) if "exp_avg" in state else 0.0)
-    k = int(group["k"])
     if decay ** (k - missed) <= _SHOWS:
         return []
     enough = math.ceil(math.log(_SHOWS) / math.log(decay))
@@ -285,9 +331,9 @@ def name_order(
             f"{', '.join(names)}; pass param_names= in the optimizer's order"
         )
         return {}
-    unknown = [name for name in names if name not in model]
-    problems += [f"unknown: {name} in param_names" for name in unknown]
-    return {i: n for i, n in zip(indices, names, strict=True) if n in model}
+    tensors = first_names(model)
+    problems += [f"unknown: {n} in param_names" for n in names if n not in tensors]
+    return {i: n for i, n in zip(indices, names, strict=True) if n in tensors}
 
 
 def common_scalars(

@@ -57,6 +57,9 @@ class GPAAdamW(AdamWScheduleFree):
       moment_dtype: dtype of the moments; by default that of each parameter, float32
         for those narrower than it, whatever ``state_dtype`` is. A bfloat16 second
         moment stalls: its changes are smaller than its rounding.
+      skip_nonfinite: leave all as it was in a step in which a gradient has a NaN or an
+        infinity: y, z, moments and counters. The host looks at the gradients before it
+        goes on, which a GPU is waited for.
 
     Raises:
       ValueError: an argument out of its range.
@@ -97,6 +100,7 @@ class GPAAdamW(AdamWScheduleFree):
         state_dtype: torch.dtype | None = None,
         upstream_compatible: bool = False,
         moment_dtype: torch.dtype | None = None,
+        skip_nonfinite: bool = False,
     ) -> None:
         options = {
             "lr": lr,
@@ -111,11 +115,13 @@ class GPAAdamW(AdamWScheduleFree):
             "upstream_compatible": upstream_compatible,
             "moment_dtype": moment_dtype,
         }
-        options |= bookkeeping(store_x, state_dtype, fused)
+        options |= bookkeeping(
+            store_x, state_dtype, fused, skip_nonfinite=skip_nonfinite
+        )
         ScheduleFree.__init__(self, params, options)
 
-    def _check_group(self, group: Group) -> None:
-        super()._check_group(group)
+    def _check_group(self, group: Group, first: Group) -> None:
+        super()._check_group(group, first)
         if not group["upstream_compatible"]:
             return
         if group["decay_at"] == "x" or not group["mu_y"]:

@@ -61,6 +61,9 @@ class MuonScheduleFree(ScheduleFreeWrapper):
       store_x: keep x in the state.
       state_dtype: dtype of z and x. By default that of each parameter, float32 for
         those narrower than it.
+      skip_nonfinite: leave all as it was in a step in which a gradient has a NaN or an
+        infinity: y, z, moments and counters. The host looks at the gradients before it
+        goes on, which a GPU is waited for.
 
     Raises:
       ValueError: an argument out of its range, or a group with betas of its own.
@@ -105,6 +108,7 @@ class MuonScheduleFree(ScheduleFreeWrapper):
         foreach: bool | None = None,
         store_x: bool = False,
         state_dtype: torch.dtype | None = None,
+        skip_nonfinite: bool = False,
     ) -> None:
         _checks.betas("betas", betas)
         _checks.learning_rate("lr", lr)
@@ -143,6 +147,7 @@ class MuonScheduleFree(ScheduleFreeWrapper):
             warmup_steps=warmup_steps,
             store_x=store_x,
             state_dtype=state_dtype,
+            skip_nonfinite=skip_nonfinite,
         )
 
     def add_param_group(self, param_group: Group) -> None:

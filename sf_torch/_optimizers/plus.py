@@ -74,6 +74,9 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
       moment_dtype: dtype of the moments; by default that of each parameter, float32
         for those narrower than it, whatever ``state_dtype`` is. A bfloat16 second
         moment stalls: its changes are smaller than its rounding.
+      skip_nonfinite: leave all as it was in a step in which a gradient has a NaN or an
+        infinity: y, z, moments and counters. The host looks at the gradients before it
+        goes on, which a GPU is waited for.
 
     Raises:
       ValueError: an argument out of its range.
@@ -118,6 +121,7 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
         state_dtype: torch.dtype | None = None,
         upstream_compatible: bool = False,
         moment_dtype: torch.dtype | None = None,
+        skip_nonfinite: bool = False,
     ) -> None:
         options = {
             "lr": lr,
@@ -142,22 +146,23 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
             "ip_term": 0.0,
             "polyak_denom_ema": 0.0,  # which it asks for, and never uses
         }
-        options |= bookkeeping(store_x, state_dtype, fused)
+        options |= bookkeeping(
+            store_x, state_dtype, fused, skip_nonfinite=skip_nonfinite
+        )
         ScheduleFree.__init__(self, params, options)
 
-    def _check_group(self, group: Group) -> None:
+    def _check_group(self, group: Group, first: Group) -> None:
         if group["capturable"]:
             raise ValueError(
                 "capturable=True does not go with a step size that is found on the "
                 "host, from the loss. Leave it out."
             )
-        super()._check_group(group)
+        super()._check_group(group, first)
         _checks.decay_rate("betas[0]", group["betas"][0])
         for name in ("polyak_beta", "upstream_compatible"):
-            first = self.param_groups[0][name]
-            if group[name] != first:
+            if group[name] != first[name]:
                 raise ValueError(
-                    f"{name} must be one for all groups, got {first} and "
+                    f"{name} must be one for all groups, got {first[name]} and "
                     f"{group[name]}: the mean of the gradients' size is over all of "
                     "them. Give it to the optimizer, not to a group."
                 )

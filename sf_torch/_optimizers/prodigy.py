@@ -43,6 +43,9 @@ class ProdigyScheduleFree(ScheduleFreeWrapper):
       store_x: keep x in the state.
       state_dtype: dtype of z and x. By default that of each parameter, float32 for
         those narrower than it.
+      skip_nonfinite: leave all as it was in a step in which a gradient has a NaN or an
+        infinity: y, z, moments and counters. The host looks at the gradients before it
+        goes on, which a GPU is waited for.
 
     Raises:
       ImportError: ``prodigyopt`` is not installed.
@@ -83,6 +86,7 @@ class ProdigyScheduleFree(ScheduleFreeWrapper):
         weight_decay_at_y: float = 0.0,
         store_x: bool = False,
         state_dtype: torch.dtype | None = None,
+        skip_nonfinite: bool = False,
     ) -> None:
         _checks.betas("betas", betas)
         _checks.decay_rate("inner_momentum", inner_momentum)
@@ -116,4 +120,5 @@ class ProdigyScheduleFree(ScheduleFreeWrapper):
             warmup_steps=warmup_steps,
             store_x=store_x,
             state_dtype=state_dtype,
+            skip_nonfinite=skip_nonfinite,
         )

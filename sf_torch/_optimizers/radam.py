@@ -51,6 +51,9 @@ class RAdamScheduleFree(ScheduleFree):
       moment_dtype: dtype of the moments; by default that of each parameter, float32
         for those narrower than it, whatever ``state_dtype`` is. A bfloat16 second
         moment stalls: its changes are smaller than its rounding.
+      skip_nonfinite: leave all as it was in a step in which a gradient has a NaN or an
+        infinity: y, z, moments and counters. The host looks at the gradients before it
+        goes on, which a GPU is waited for, unless ``capturable``.
 
     Raises:
       ValueError: an argument out of its range.
@@ -89,6 +92,7 @@ class RAdamScheduleFree(ScheduleFree):
         capturable: bool = False,
         upstream_compatible: bool = False,
         moment_dtype: torch.dtype | None = None,
+        skip_nonfinite: bool = False,
     ) -> None:
         options = {
             "lr": lr,
@@ -103,7 +107,11 @@ class RAdamScheduleFree(ScheduleFree):
             "moment_dtype": moment_dtype,
         }
         super().__init__(
-            params, options | bookkeeping(store_x, state_dtype, fused, capturable)
+            params,
+            options
+            | bookkeeping(
+                store_x, state_dtype, fused, capturable, skip_nonfinite=skip_nonfinite
+            ),
         )
 
     def _moments(self, group: Group) -> tuple[str, ...]:

@@ -44,6 +44,9 @@ class SGDScheduleFree(ScheduleFree):
         group's k and the places of parameter and element. Slow: it is the plain
         formula, neither ``fused`` nor compiled.
       seed: from 0 to 2^32 - 1, of the random bits.
+      skip_nonfinite: leave all as it was in a step in which a gradient has a NaN or an
+        infinity: y, z, moments and counters. The host looks at the gradients before it
+        goes on, which a GPU is waited for, unless ``capturable``.
 
     Raises:
       ValueError: an argument out of its range, or ``rounding="stochastic"`` with
@@ -86,6 +89,7 @@ class SGDScheduleFree(ScheduleFree):
         capturable: bool = False,
         rounding: str = "nearest",
         seed: int = 0,
+        skip_nonfinite: bool = False,
     ) -> None:
         options = {
             "lr": lr,
@@ -100,7 +104,9 @@ class SGDScheduleFree(ScheduleFree):
         super().__init__(
             params,
             options
-            | bookkeeping(store_x, state_dtype, fused, capturable, rounding, seed),
+            | bookkeeping(
+                store_x, state_dtype, fused, capturable, rounding, seed, skip_nonfinite
+            ),
         )
 
     def _beta(self, group: Group) -> float:

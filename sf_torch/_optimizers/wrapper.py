@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sf_torch import _checks
-from sf_torch._iterates import ITERATES
-from sf_torch._loaded import restore_dtypes
+from sf_torch import _checks, _loaded
+from sf_torch._iterates import ITERATES, NEEDED
 from sf_torch._optimizer import ScheduleFree, bookkeeping
 from sf_torch._optimizers.forms import Reference
 from sf_torch._step import formula
@@ -50,6 +49,9 @@ class ScheduleFreeWrapper(ScheduleFree):
       state_dtype: dtype of z and x. By default that of each parameter, float32 for
         those narrower than it. The base steps, and keeps its state, at least in
         float32 whatever this says: a bfloat16 second moment stalls.
+      skip_nonfinite: leave all as it was in a step in which a gradient has a NaN or an
+        infinity: y, z, moments and counters. The host looks at the gradients before it
+        goes on, which a GPU is waited for.
 
     Groups and state are the base's own: a learning rate set in one is set in both, and
     ``state[p]`` holds z beside what the base keeps for p. While the base takes its
@@ -90,6 +92,7 @@ class ScheduleFreeWrapper(ScheduleFree):
         warmup_steps: int = 0,
         store_x: bool = False,
         state_dtype: torch.dtype | None = None,
+        skip_nonfinite: bool = False,
     ) -> None:
         if not isinstance(base, torch.optim.Optimizer):
             raise TypeError(
@@ -113,7 +116,8 @@ class ScheduleFreeWrapper(ScheduleFree):
         self.momentum = momentum
         self.warmup_steps = warmup_steps
         self.base = base
-        super().__init__(base.param_groups, options | bookkeeping(store_x, state_dtype))
+        options |= bookkeeping(store_x, state_dtype, skip_nonfinite=skip_nonfinite)
+        super().__init__(base.param_groups, options)
         self.param_groups, self.state = base.param_groups, base.state
 
     @property
@@ -144,11 +148,12 @@ class ScheduleFreeWrapper(ScheduleFree):
             before = [(float(group["lr"]), group["k"]) for group in self.param_groups]
             self._next_zs = self._moved_by_base(loss, closure)
         try:
-            for group, (lr, k) in zip(self.param_groups, before, strict=True):
-                group["k"] = k
-                # The d that the step found, which is the better estimate.
-                group["scheduled_lr"] = lr * float(group.get("d", 1.0))
-            super()._advance(loss, closure)
+            with self._moving():  # as the base has
+                for group, (lr, k) in zip(self.param_groups, before, strict=True):
+                    group["k"] = k
+                    # The d that the step found, which is the better estimate.
+                    group["scheduled_lr"] = lr * float(group.get("d", 1.0))
+                super()._advance(loss, closure)
         finally:
             self._next_zs = {}
 
@@ -209,8 +214,9 @@ class ScheduleFreeWrapper(ScheduleFree):
             try:
                 for p, z in zs.items():
                     _hold(p, z)
-                self.base.step(closure_at_y if closure is not None else None)
-                return {p: _held(p) for p in live}
+                with self._moving():
+                    self.base.step(closure_at_y if closure is not None else None)
+                    return {p: _held(p) for p in live}
             finally:
                 for p, value in live.items():
                     _hold(p, value)
@@ -269,9 +275,16 @@ class ScheduleFreeWrapper(ScheduleFree):
             param_group = self.base.param_groups.pop()
         super().add_param_group(param_group)
 
-    def _check_group(self, group: Group) -> None:
+    def _check_group(self, group: Group, first: Group) -> None:
         """The other options are the base's to check."""
+        _checks.learning_rate("lr", group["lr"])  # which weighs the average too
+        _checks.boolean("skip_nonfinite", group["skip_nonfinite"])
         _checks.non_negative("weight_decay_at_y", group["weight_decay_at_y"])
+
+    def _needed(self, group: Group) -> list[str]:
+        # Switches, and what may be None, have come in with versions of torch.
+        options = {k for k, v in self.base.defaults.items() if type(v) in (int, float)}
+        return [*super()._needed(group), *sorted(options - {*NEEDED})]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.base.zero_grad(set_to_none)
@@ -280,8 +293,10 @@ class ScheduleFreeWrapper(ScheduleFree):
         """Loads a state dict of this optimizer or of ``schedulefree``'s wrapper.
 
         Raises:
-          ValueError: groups or shapes that do not fit; nothing has changed then.
+          ValueError: as of every optimizer here, or options of another base; nothing
+            has changed then. Of the base's own state nothing is looked at.
         """
+        _loaded.check_structure(self, state_dict)
         ours: dict[int, Any] = {}
         bases: dict[int, Any] = {}
         for index, state in state_dict["state"].items():
@@ -291,7 +306,7 @@ class ScheduleFreeWrapper(ScheduleFree):
         groups, iterates = self.param_groups, self.state
         bases = {index: state for index, state in bases.items() if state}
         self.base.load_state_dict({**state_dict, "state": bases})
-        restore_dtypes(self.base, {**state_dict, "state": bases})
+        _loaded.restore_dtypes(self.base, {**state_dict, "state": bases})
         for shared, group in zip(self.base.param_groups, groups, strict=True):
             shared.update({k: group[k] for k in group if k != "params"})
         for p, state in iterates.items():

@@ -51,6 +51,7 @@ class Numbers(NamedTuple):
     z_in_next_y: Number = 0.0  # 1 - β'
     to_z: Number = 0.0
     to_step: Number = 0.0
+    skip: Number = 0.0  # 1 where nothing moves, which a captured step finds by itself
     # What is the same at every step, so that a kernel may be made for it.
     decay_at: str = ""  # which of y, z, x is p; empty where nothing decays
     # Whether p shrinks before the step, and x with it, as in the published GPA: y stays

@@ -38,11 +38,13 @@ def to_device(group: Group, device: torch.device) -> None:
             group[key] = torch.as_tensor(group[key], dtype=torch.float64).to(device)
 
 
-def enter_counters(group: Group, draft: Group) -> None:
-    """Makes the counters of a draft the group's own."""
+def enter_counters(group: Group, draft: Group, skip: Tensor | None = None) -> None:
+    """Makes the counters of a draft the group's own, where ``skip`` is not true."""
     for key, value in draft.items():
         if value is group[key]:
             continue
+        if skip is not None and isinstance(value, Tensor):
+            value = torch.where(skip.to(value.device), group[key], value)
         if isinstance(group[key], Tensor):
             group[key].copy_(value)
         else:

@@ -32,6 +32,7 @@ TYPES = {
     Z_IN_NEXT_Y,
     TO_Z,
     TO_STEP,
+    SKIP,
 ) = (tl.constexpr(place) for place, _ in enumerate(NAMES))
 
 
@@ -88,6 +89,8 @@ def step_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    if tl.load(numbers + SKIP) != 0:
+        return
     which, offsets, mask = _block(blocks, table + SIZE_ROW * n, ALIGNED, BLOCK)
     param_at = _pointer(table, PARAM_ROW * n + which, PARAM, ALIGNED) + offsets
     grad_at = _pointer(grads, which, GRAD, ALIGNED) + offsets

@@ -143,6 +143,19 @@ def launches_over_shards_last(rank, folder):
     assert [*optimizer._plans.values()] == [plan]
 
 
+def a_shard_that_is_not_finite_is_skipped_everywhere(rank, folder):
+    model = network()
+    fully_shard(model)
+    optimizer = sf_torch.SGDScheduleFree(model.parameters(), skip_nonfinite=True)
+    train(model, optimizer, 2, rank=rank)
+    before = [p.to_local().clone() for p in model.parameters()]
+    if rank == 1:
+        model[2].bias.grad.to_local()[0] = float("nan")
+    optimizer.step()
+    assert same([p.to_local() for p in model.parameters()], before)
+    assert optimizer.param_groups[0]["k"] == 2
+
+
 def state_is_sharded(rank, folder):
     model, optimizer = sharded("adamw")
     train(model, optimizer, 1, rank=rank)
@@ -253,6 +266,7 @@ CHECKS = [
     fsdp_trains_to_the_same_x,
     fsdp_switches_modes,
     launches_over_shards_last,
+    a_shard_that_is_not_finite_is_skipped_everywhere,
     state_is_sharded,
     sharded_checkpoints_resume,
     a_whole_checkpoint_of_shards_serves_x,

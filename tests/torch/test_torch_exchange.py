@@ -285,6 +285,6 @@ def test_the_state_of_the_published_gpa_is_refused():
     }
     optimizer = sf_torch.GPAAdamW(params)
     before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match="no k, the number of steps"):
+    with pytest.raises(ValueError, match="group 0 has no k, weight_sum, lr_max, betas"):
         optimizer.load_state_dict(saved)
     assert optimizer.state_dict() == before
