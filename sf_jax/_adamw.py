@@ -19,12 +19,15 @@ the denominator at :math:`\sqrt v + \epsilon`:
 - ``"algoperf"``, the winner of the self-tuning track of the AlgoPerf competition,
   multiplies it into the whole displacement but not into the averaging weight, decays
   at x unless told otherwise, and keeps lr_k at eps or above;
+- ``"algoperf_v2"``, the entry that its authors handed in later, is the same with decay
+  at y;
 - ``"adamc"``, for :mod:`sf_jax._plus` only, scales the decay by lr_k once more.
 
 References:
   Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
   https://github.com/facebookresearch/schedule_free (the variants)
-  https://github.com/mlcommons/algorithmic-efficiency (the competition)
+  https://github.com/mlcommons/submissions_algorithms (both entries:
+    ``schedule_free_adamw`` and ``schedule_free_adamw_v2``)
 """
 
 import math
@@ -52,7 +55,8 @@ from sf_jax._schedule_free import (
     widen,
 )
 
-VARIANTS = ("standard", "paper", "algoperf")
+ALGOPERF = ("algoperf", "algoperf_v2")
+VARIANTS = ("standard", "paper", *ALGOPERF)
 
 
 class AdamWState(NamedTuple):
@@ -91,7 +95,9 @@ def update_moments(
     inner_momentum: jax.typing.ArrayLike | None,
     count: jax.Array,
     rounding: Rounding = NEAREST,
+    in_place: bool = False,
 ) -> AdamWState:
+    """The moments after a step; ``in_place`` is explained at :func:`in_place_mean`."""
     # Each coefficient is computed once, and not for every leaf.
     share = complement(b2)
 
@@ -101,9 +107,14 @@ def update_moments(
         wide = widen(moment)
         return wide + like(share, wide) * (value - wide)
 
+    def mean_square(g: jax.Array, nu: jax.Array) -> jax.Array:
+        if in_place and is_narrow(nu, g):
+            return in_place_mean(nu, g, b2)
+        return mean(nu, abs_squared(g), share)
+
     # Whoever divides by the root of v takes it as it was rounded: with bfloat16 moments
     # a TPU then makes one fusion of the step.
-    nu = jax.tree.map(lambda g, nu: mean(nu, abs_squared(g), share), grads, moments.nu)
+    nu = jax.tree.map(mean_square, grads, moments.nu)
     nu = rounding.tree(nu, moments.nu, "v", count)
     if inner_momentum is None or _checks.is_off(inner_momentum):
         return AdamWState(nu, moments.mu)
@@ -131,6 +142,40 @@ def denominator(
     """``sqrt(v / correction) + eps``"""
     nu = widen(nu)
     return root(nu / like(correction, nu)) + like(positive_eps(eps, nu.dtype), nu)
+
+
+def is_narrow(nu: jax.Array, g: jax.Array) -> bool:
+    """Whether v has fewer digits than the arithmetic of its step."""
+    return jnp.finfo(nu.dtype).bits < jnp.finfo(widen(g).dtype).bits
+
+
+def in_place_mean(nu: jax.Array, g: jax.Array, b2: jax.typing.ArrayLike) -> jax.Array:
+    """``b2 v + (1 - b2) |g|²``, of which both the product and the sum are rounded.
+
+    The AlgoPerf entry scales a bfloat16 v in place and then adds to it in place, and
+    PyTorch rounds what each operation stores. The two roundings are a large part of
+    what v becomes: b2 = 0.9955 takes off about one unit in the last place of it.
+    """
+    square = abs_squared(g)
+    kept = rounded_to(like(b2, square) * nu.astype(square.dtype), nu)
+    return kept + like(complement(b2), square) * square
+
+
+def in_place_denominator(
+    nu: jax.Array, eps: jax.typing.ArrayLike, g: jax.Array
+) -> jax.Array:
+    """``sqrt(v) + eps``, of which both the root and the sum are rounded."""
+    some = rounded_to(root(nu.astype(jnp.finfo(g.dtype).dtype)), nu)
+    return rounded_to(some + like(positive_eps(eps, nu.dtype), some), nu)
+
+
+def rounded_to(value: jax.Array, narrow: jax.Array) -> jax.Array:
+    """The value with no more digits than an array has, in its own dtype.
+
+    Not by two conversions, which XLA leaves out where it is allowed excess precision.
+    """
+    info = jnp.finfo(narrow.dtype)
+    return jax.lax.reduce_precision(value, info.nexp, info.nmant)
 
 
 def root(v: jax.Array) -> jax.Array:
@@ -175,6 +220,8 @@ def adamw_base(
     variant: str = "standard",
     rounding: Rounding = NEAREST,
 ) -> Base:
+    in_place = variant in ALGOPERF and rounding.seed is None
+
     def update(
         grads: optax.Updates,
         moments: AdamWState,
@@ -183,16 +230,20 @@ def adamw_base(
         lr: jax.Array,
         extra_args: dict[str, Any],
     ) -> tuple[optax.Updates, AdamWState]:
-        moments = update_moments(grads, moments, b2, inner_momentum, count, rounding)
+        moments = update_moments(
+            grads, moments, b2, inner_momentum, count, rounding, in_place
+        )
         correction, decay = one_minus_power(b2, count), weight_decay
-        if variant == "algoperf":
+        if variant in ALGOPERF:
             lr = lr * jnp.sqrt(correction)
-        if variant in ("paper", "algoperf"):
+        if variant in ("paper", *ALGOPERF):
             correction = jnp.ones_like(correction)
         if variant == "adamc" and not _checks.is_off(weight_decay):
             decay = lr * jnp.asarray(weight_decay)
 
         def adam(g: jax.Array, nu: jax.Array) -> jax.Array:
+            if in_place and is_narrow(nu, g):
+                return g / in_place_denominator(nu, eps, g)
             return g / denominator(nu, correction, eps)
 
         direction = jax.tree.map(
@@ -263,9 +314,15 @@ def schedule_free_adamw(
       store_x: keep x in the state, so that ``eval_params`` needs no params.
       moment_dtype: dtype of the moments; None for that of each
         parameter, at least float32, whatever ``state_dtype`` is. In bfloat16 a slow
-        mean stands still: what a step adds is rounded away.
+        mean stands still: what a step adds is rounded away. v is computed in float32
+        and rounded once, but for the AlgoPerf variants. Their first entry kept v in
+        bfloat16 and moved it by PyTorch's in-place operations, each of which computes
+        in float32 and rounds what it stores. So with R for rounding to
+        ``moment_dtype``, to nearest, v becomes ``R(R(b2 v) + (1 - b2) g g)`` and the
+        denominator is ``R(R(sqrt(v)) + eps)``. This is another trajectory than a
+        float32 v has.
       variant: where the bias correction of v stands: "standard" (in the
-        denominator), "paper" or "algoperf" (see the module).
+        denominator), "paper", "algoperf" or "algoperf_v2" (see the module).
       rounding: "nearest", or "stochastic" for bfloat16 arrays, with
         ``state_dtype=jnp.bfloat16``: y (of bfloat16 params), z, x, and the moments
         where ``moment_dtype`` is bfloat16 too. Rounded at random, small steps are not
@@ -316,7 +373,7 @@ def schedule_free_adamw(
     step_size = _averaging.scheduled(learning_rate, warmup_steps)
     if variant == "paper":
         step_size = _with_bias_correction(step_size, b2)
-    elif variant == "algoperf":
+    elif variant in ALGOPERF:
         step_size = _at_least(step_size, eps)
     return rule(
         adamw_base(

@@ -272,7 +272,9 @@ def rule(
         x = jax.tree.map(move_x, places, z, stored_x)
         updates = jax.tree.map(move_y, places, state.z, z, params, x)
         return updates, ScheduleFreeState(
-            count=optax.safe_increment(state.count),
+            # At its largest value it stays. (optax's function for it has a new name
+            # since 0.2.4; AlgoPerf pins 0.2.2.)
+            count=state.count + (state.count < jnp.iinfo(state.count.dtype).max),
             b1=jnp.asarray(b1_of_y, scalar_dtype()),
             weight_ratio=weights.ratio.hi,
             weight_ratio_lo=weights.ratio.lo,

@@ -9,6 +9,7 @@ from sf_torch._follow import follow
 from sf_torch._optimizers.adamw import (
     AdamWScheduleFree,
     AdamWScheduleFreeAlgoPerf,
+    AdamWScheduleFreeAlgoPerfV2,
     AdamWScheduleFreeClosure,
     AdamWScheduleFreePaper,
     AdamWScheduleFreeReference,
@@ -51,6 +52,7 @@ __all__ = [
     "AdamCScheduleFreePlusPaper",
     "AdamWScheduleFree",
     "AdamWScheduleFreeAlgoPerf",
+    "AdamWScheduleFreeAlgoPerfV2",
     "AdamWScheduleFreeClosure",
     "AdamWScheduleFreePaper",
     "AdamWScheduleFreeReference",

@@ -175,8 +175,10 @@ class ScheduleFree(Iterates):
                 if way.seed is not None:
                     numbers = numbers._replace(step=int(draft["k"]))
                 grads = [p.grad for p in params if p.grad is not None]
-                # Random rounding needs each parameter's place, and stays eager.
-                if compiles and not way.fuses and way.seed is None:
+                # Random rounding needs each parameter's place, and v that is rounded
+                # in place would not be: compilers leave out such pairs of conversions.
+                eager = way.fuses or way.seed is not None or numbers.v_in_place
+                if compiles and not eager:
                     leaves = [self._leaf(p, group) for p in params]
                     there = numbers.as_tensors(leaves[0]["param"].device)
                     compiled.append((leaves, list(map(local, grads)), there))

@@ -19,7 +19,7 @@ from parity_tests.reference.averaging import (
     exponential,
     refined,
 )
-from parity_tests.reference.base_steps import SGD, AdamC, AdamW, RAdam
+from parity_tests.reference.base_steps import SGD, AdamC, AdamW, InPlaceAdamW, RAdam
 from parity_tests.reference.held_decay import HeldDecay
 from parity_tests.reference.interpolation import annealed, growing
 from parity_tests.reference.muon import Muon, orthogonalised
@@ -40,6 +40,7 @@ __all__ = [
     "AdamW",
     "AverageAfter",
     "HeldDecay",
+    "InPlaceAdamW",
     "Leaves",
     "Muon",
     "Now",

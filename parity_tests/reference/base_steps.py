@@ -5,6 +5,7 @@ Prodigy and Muon have files of their own.
 
 from math import sqrt
 
+import ml_dtypes
 import numpy as np
 
 from parity_tests.reference.rule import Leaves, Now
@@ -62,14 +63,17 @@ class AdamW:
         self.t: dict[str, int] = {}  # gradients that each leaf has had
 
     def direction(self, n: str, g: np.ndarray, k: int) -> np.ndarray:
-        b2, b = self.b2, self.inner_momentum
+        b = self.inner_momentum
         self.t[n] = self.t.get(n, 0) + 1 if self.counts_apart else k + 1
         t = self.t[n]
-        self.v[n] = b2 * self.v.get(n, 0.0) + (1 - b2) * np.abs(g) ** 2
         self.m[n] = b * self.m.get(n, 0.0) + (1 - b) * g
-        numerator = self.m[n] / (1 - b**t)
+        return self.m[n] / (1 - b**t) / self.denominator(n, g, t)
+
+    def denominator(self, n: str, g: np.ndarray, t: int) -> np.ndarray:
+        b2 = self.b2
+        self.v[n] = b2 * self.v.get(n, 0.0) + (1 - b2) * np.abs(g) ** 2
         correction = 1 - b2**t if self.variant == "standard" else 1.0
-        return numerator / (np.sqrt(self.v[n] / correction) + self.eps)
+        return np.sqrt(self.v[n] / correction) + self.eps
 
     def __call__(self, now: Now, lr: float) -> Leaves:
         if self.variant == "paper":
@@ -82,6 +86,31 @@ class AdamW:
             if self.variant != "standard":
                 u[n] = u[n] * sqrt(1 - self.b2 ** self.t[n])
         return u
+
+
+class InPlaceAdamW(AdamW):
+    """AdamW's AlgoPerf variants with a v in bfloat16 that is moved in place.
+
+    Each operation computes in float32 and is rounded to nearest, R, when it is stored:
+
+    v = R(R(b2 v) + (1 - b2) g²),  denominator R(R(sqrt(v)) + eps)
+
+    This is how PyTorch computes ``v.mul_(b2).addcmul_(g, g, value=1 - b2)`` and
+    ``v.sqrt().add_(eps)``. A float64 sum would now and then fall to the other side of a
+    tie, and the trajectory with it; so this one formula is in float32.
+    """
+
+    def denominator(self, n: str, g: np.ndarray, t: int) -> np.ndarray:
+        b2, share, eps = map(np.float32, (self.b2, 1 - self.b2, self.eps))
+        v = self.v.get(n, np.zeros_like(g)).astype(np.float32)
+        v = to_nearest_bfloat16(b2 * v)
+        self.v[n] = to_nearest_bfloat16(v + share * np.square(g.astype(np.float32)))
+        return to_nearest_bfloat16(to_nearest_bfloat16(np.sqrt(self.v[n])) + eps)
+
+
+def to_nearest_bfloat16(values: np.ndarray) -> np.ndarray:
+    """float32 values rounded to bfloat16, still in float32."""
+    return np.asarray(values).astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
 class RAdam(AdamW):

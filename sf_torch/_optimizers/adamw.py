@@ -56,7 +56,8 @@ class AdamWScheduleFree(ScheduleFree):
       moment_dtype: dtype of the moments; by default that of each parameter, float32
         for those narrower than it, whatever ``state_dtype`` is. A bfloat16 second
         moment stalls: its changes are smaller than its rounding, unless that is
-        stochastic.
+        stochastic. v is computed in float32 and rounded once, but for the AlgoPerf
+        classes, which round as :class:`AdamWScheduleFreeAlgoPerf` says.
       rounding: "nearest", or "stochastic" for bfloat16 arrays, with
         ``state_dtype=torch.bfloat16``: y (of bfloat16 parameters), z, x, and the
         moments where ``moment_dtype`` is bfloat16 too. Rounded at random, small steps
@@ -224,6 +225,15 @@ class AdamWScheduleFreeAlgoPerf(AdamWScheduleFree):
     warmup of 2% of 0.75 of the step hint. Arguments and errors are those of
     :class:`AdamWScheduleFree`, but for ``decay_at``, which is "x" by default.
 
+    The entry kept v in bfloat16, as ``moment_dtype=torch.bfloat16`` does here, and
+    moved it by PyTorch's in-place operations, each of which computes in float32 and
+    rounds what it stores. With R for rounding to ``moment_dtype``, to nearest, ::
+
+        v = R(R(b2 v) + (1 - b2) g g),  denominator R(R(sqrt(v)) + eps)
+
+    This is another trajectory than a float32 v has. Only the plain formula takes it, on
+    GPUs too: one parameter at a time, and not compiled.
+
     Examples:
       >>> import torch, sf_torch
       >>> w = torch.nn.Parameter(torch.ones(2))
@@ -236,11 +246,13 @@ class AdamWScheduleFreeAlgoPerf(AdamWScheduleFree):
 
     References:
       Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
-      https://github.com/mlcommons/algorithmic-efficiency (the competition)
+      https://github.com/mlcommons/submissions_algorithms (``schedule_free_adamw``)
     """
 
+    _default_decay_at = "x"
+
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{"decay_at": "x", **options})
+        super().__init__(*args, **{"decay_at": self._default_decay_at, **options})
 
     def _step_size(self, group: Group) -> float:
         lr, least = super()._step_size(group), group["eps"]
@@ -250,7 +262,36 @@ class AdamWScheduleFreeAlgoPerf(AdamWScheduleFree):
         self, group: Group, lr: float, k: Any, corrected: bool = False
     ) -> Numbers:
         correction = one_minus_power(group["betas"][1], k)
-        return super()._base_numbers(group, lr * correction**0.5, k, corrected)
+        numbers = super()._base_numbers(group, lr * correction**0.5, k, corrected)
+        return numbers._replace(v_in_place=group["moment_dtype"] is not None)
+
+
+class AdamWScheduleFreeAlgoPerfV2(AdamWScheduleFreeAlgoPerf):
+    """Schedule-Free AdamW as its authors handed it in to AlgoPerf again.
+
+        lr_k = max(eps, lr · min(1, (k+1) / warmup_steps))
+        z'   = z - lr_k sqrt(1 - b2^(k+1)) (g / (sqrt(v) + eps) + λ y)
+
+    The rule of :class:`AdamWScheduleFreeAlgoPerf` with the decay at y. The entry had
+    r = 0, a float32 v, and took BatchNorm statistics at x. Arguments and errors are
+    those of :class:`AdamWScheduleFree`.
+
+    Examples:
+      >>> import torch, sf_torch
+      >>> w = torch.nn.Parameter(torch.ones(2))
+      >>> optimizer = sf_torch.AdamWScheduleFreeAlgoPerfV2([w], lr=0.1)
+      >>> optimizer.train()
+      >>> w.sum().backward()
+      >>> optimizer.step()
+      >>> [round(value, 3) for value in w.tolist()]
+      [0.9, 0.9]
+
+    References:
+      Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
+      https://github.com/mlcommons/submissions_algorithms (``schedule_free_adamw_v2``)
+    """
+
+    _default_decay_at = "y"
 
 
 class AdamWScheduleFreeReference(Reference, AdamWScheduleFree):

@@ -113,16 +113,31 @@ def _displacement(
         direction = leaf["exp_avg"].to(g.dtype)
     if "exp_avg_sq" in leaf:
         square = (g * g.conj()).real if g.is_complex() else g * g
-        v = lerp(leaf["exp_avg_sq"].to(square.dtype), square, n.v_weight)
-        leaf["exp_avg_sq"].copy_(_rounded(leaf, "exp_avg_sq", v, rounding))
-        v = leaf["exp_avg_sq"].to(v.dtype)
-        direction = direction / (n.root * v.sqrt() + n.eps)
+        kept, dtype = leaf["exp_avg_sq"], square.dtype
+        in_place = n.v_in_place and rounding is None and kept.dtype != dtype
+        v = kept.to(dtype)
+        if in_place:
+            v = _to_and_fro(n.b2 * v, kept.dtype) + n.v_weight * square
+        else:
+            v = lerp(v, square, n.v_weight)
+        kept.copy_(_rounded(leaf, "exp_avg_sq", v, rounding))
+        root = n.root * kept.to(dtype).sqrt()
+        if in_place:
+            root = _to_and_fro(root, kept.dtype)
+            direction = direction / _to_and_fro(root + n.eps, kept.dtype)
+        else:
+            direction = direction / (root + n.eps)
     displacement = n.lr * direction
     if n.decay_at and not n.decay_moves_x:
         if x is None:
             x = lerp(y, z, n.z_in_x)
         displacement = displacement + n.decay * {"y": y, "z": z, "x": x}[n.decay_at]
     return displacement
+
+
+def _to_and_fro(value: Tensor, narrow: torch.dtype) -> Tensor:
+    """A value as a narrower dtype has it, in its own dtype."""
+    return value.to(narrow).to(value.dtype)
 
 
 def _shrunk(

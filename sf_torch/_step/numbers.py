@@ -57,6 +57,9 @@ class Numbers(NamedTuple):
     # Whether p shrinks before the step, and x with it, as in the published GPA: y stays
     # where z shrinks, z stays where y does, and x is what the two imply.
     decay_moves_x: bool = False
+    # Whether each operation on a narrow v rounds what it stores, as in-place ones do:
+    # R(R(b2 v) + v_weight |g|²) is v', and R(R(sqrt(v')) + eps) the denominator.
+    v_in_place: bool = False
     b2: float = 0.0
     k: Number = 0  # steps taken before this one
     step: int = 0  # the same of the group; known where the seed needs it

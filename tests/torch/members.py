@@ -42,6 +42,7 @@ MEMBERS = {
         "AdamWScheduleFreeRefined": {**MOMENTUM, "refined_c": 20.0},
         "AdamWScheduleFreePaper": MOMENTUM,
         "AdamWScheduleFreeAlgoPerf": MOMENTUM,
+        "AdamWScheduleFreeAlgoPerfV2": ADAMW,
         "RAdamScheduleFree": RADAM,
         "RAdamScheduleFreeReference": RADAM,
         "RAdamScheduleFreeClosure": RADAM,
