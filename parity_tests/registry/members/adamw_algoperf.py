@@ -88,5 +88,4 @@ CASES = cases(
         {**ENTRY, "r": 0.75},
         {**FLOAT64, "recorded": "algoperf_adamw_0"},
     ),
-    thorough={"narrow_v"},
 )

@@ -3,7 +3,7 @@ and a float32 v."""
 
 from parity_tests.registry.members import adamw_algoperf
 from parity_tests.registry.optimizer import Optimizer, by_class
-from parity_tests.registry.rows import FLOAT64, cases
+from parity_tests.registry.rows import cases
 
 OPTIMIZER = Optimizer(
     "adamw_algoperf_v2",
@@ -19,5 +19,4 @@ CASES = cases(
     OPTIMIZER,
     ("entry", adamw_algoperf.ENTRY, {}),
     ("narrow_v", {**adamw_algoperf.ENTRY, "narrow_v": True}, {}),
-    ("float64", adamw_algoperf.ENTRY, FLOAT64),
 )
