@@ -28,12 +28,12 @@ RUNS = ("first", "first_float32_v", "newer")
 SUBMISSION = Path(__file__).parents[1] / "examples" / "algoperf_submission.py"
 
 
-def submission(run: str) -> types.ModuleType:
+def submission(run: str) -> Any:
     """The example, as a module of its own that makes the entry of this run."""
     spec = importlib.util.spec_from_file_location("algoperf_submission", SUBMISSION)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.ENTRY = module.ENTRIES[run.split("_")[0]]
     if run.endswith("float32_v"):

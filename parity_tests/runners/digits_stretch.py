@@ -77,7 +77,7 @@ def network() -> nn.Sequential:
 
 
 def _parameter(model: nn.Sequential, name: str) -> torch.Tensor:
-    layer = model[0 if name.endswith("1") else 2]
+    layer: Any = model[0 if name.endswith("1") else 2]
     return layer.weight if name.startswith("kernel") else layer.bias
 
 
