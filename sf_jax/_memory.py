@@ -23,4 +23,6 @@ def beside(array: Any, other: Any) -> Any:
 
 
 def _is_on_host(array: Any) -> bool:
-    return bool(jax.typeof(array).memory_space == jax.memory.Space.Host)
+    # The types of jax 0.7.0, which AlgoPerf pins, do not say where an array lies.
+    space = getattr(jax.typeof(array), "memory_space", None)
+    return space is not None and bool(space == jax.memory.Space.Host)
