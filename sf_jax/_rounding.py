@@ -12,6 +12,21 @@ with the leaf's place in the tree, the element's in the whole array, and the ste
 taken before this one. y, z, v and m take the numbers of block 0, x one of block 1. All
 of it is done element by element, so that the compiler fuses it into the step.
 
+With y and z alone in bfloat16, x is what y has besides its share of z. Were it
+
+    β x = y - (1 - β) z
+
+then every step would round it anew, since (1 - β) z lies between y's digits. So the
+share of z is first rounded to a whole number of y's last digits, to nearest:
+
+    t = y - s(z, y),    s(z, y) = ulp(y) round((1 - β) z / ulp(y)),    x = t / β
+
+y and t then have the same digits. While x stands still, y follows z by whole digits
+and is rounded nowhere; what is rounded at random is what a step adds to t:
+
+    t' = (1 - c) (β' / β) t + c β' z'
+    y' = t' + s(z', t' + (1 - β') z')
+
 References:
   Salmon et al., *Parallel Random Numbers: As Easy as 1, 2, 3*, SC 2011
 """
@@ -103,6 +118,46 @@ def rounding_of(rounding: str, seed: Seed, state_dtype: Any) -> Rounding:
             f"{state_dtype}. Pass state_dtype=jnp.bfloat16, or leave rounding out."
         )
     return Rounding(seed)
+
+
+class LeanNumbers(NamedTuple):
+    """The numbers of a step of y that has x in it; each () float32."""
+
+    z_in_y: jax.Array  # 1 - β, of the β that formed y
+    z_in_next_y: jax.Array  # 1 - β'
+    z_in_t: jax.Array  # c β'
+    off_t: jax.Array  # 1 - (1 - c) β' / β
+
+
+def share_of_z(b1: jax.typing.ArrayLike) -> jax.Array:
+    """``1 - β`` from β in float32: where a share lies between two digits, its own last
+    digit decides, so it must not depend on the precision of β."""
+    return 1 - jnp.asarray(b1, jnp.float32)
+
+
+def lean_y(
+    y: jax.Array, z: jax.Array, next_z: jax.Array, numbers: LeanNumbers
+) -> jax.Array:
+    """y' in float32, which is to be rounded; from bfloat16 numbers in float32."""
+    t = y - in_digits_of(y, numbers.z_in_y * z)
+    t = t + (numbers.z_in_t * next_z - numbers.off_t * t)
+    share = numbers.z_in_next_y * next_z
+    return t + in_digits_of(t + share, share)
+
+
+def in_digits_of(y: jax.Array, share: jax.Array) -> jax.Array:
+    """The share to the nearest multiple of the last digit that y has in bfloat16."""
+    e = jnp.maximum(_exponent(y), _exponent(share) - (16 << 23))  # no overflow below
+    e = jnp.maximum(e, 8 << 23)
+    digit = e - (7 << 23)
+    digits_in_one = lax.bitcast_convert_type((254 << 23) - digit, jnp.float32)
+    digit = lax.bitcast_convert_type(digit, jnp.float32)
+    return lax.round(share * digits_in_one, lax.RoundingMethod.TO_NEAREST_EVEN) * digit
+
+
+def _exponent(value: jax.Array) -> jax.Array:
+    """The bits of its power of two, in int32."""
+    return lax.bitcast_convert_type(value, jnp.int32) & 0x7F800000
 
 
 def threefry2x32(

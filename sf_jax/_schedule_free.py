@@ -45,7 +45,14 @@ import optax
 from sf_jax import _averaging, _checks, _double, _memory, _meshes
 from sf_jax._averaging import Average, Mean, Weights, once
 from sf_jax._double import Double, double, scalar_dtype
-from sf_jax._rounding import NEAREST, Rounding, numbered
+from sf_jax._rounding import (
+    NEAREST,
+    LeanNumbers,
+    Rounding,
+    lean_y,
+    numbered,
+    share_of_z,
+)
 
 SEQUENCES = ("y", "z", "x")
 
@@ -233,6 +240,10 @@ def rule(
             lean_coefficients = once(
                 state.count, _lean_coefficients(ckp1, b1_of_y, state.b1)
             )
+            off_t = lean_coefficients[0].astype(jnp.float32)
+            z_in_t = jnp.asarray(b1_of_y * ckp1, jnp.float32)
+            shares = share_of_z(state.b1), share_of_z(b1_of_y)
+            numbers_in_digits = LeanNumbers(*once(state.count, shares), z_in_t, off_t)
 
         def move_z(leaf: int, z: jax.Array, u: jax.Array) -> jax.Array:
             return rounding(widen(z) + widen(u), z.dtype, "z", leaf, state.count)
@@ -248,7 +259,10 @@ def rule(
             leaf: int, z: jax.Array, next_z: jax.Array, p: jax.Array, next_x: jax.Array
         ) -> jax.Array:
             dtype = jnp.result_type(p)
-            if is_lean(next_x):
+            if is_lean(next_x) and rounding.is_random(dtype):
+                y, z, next_z = widen(p), widen(z), widen(next_z)
+                next_y = lean_y(y, z, next_z, numbers_in_digits)
+            elif is_lean(next_x):
                 # Through z' - z and not through u, its equal on paper: then a TPU
                 # makes one fusion of the step, with no array beyond inputs and outputs.
                 z, next_z, y = widen(z), widen(next_z), widen(p)
@@ -256,9 +270,7 @@ def rule(
                 way = like(z_coefficient, y) * (z - y) + like(step_coefficient, y) * (
                     next_z - z
                 )
-                if not rounding.is_random(dtype):
-                    return as_dtype(way, dtype)
-                next_y = y + way
+                return as_dtype(way, dtype)
             else:
                 b1_wide = jnp.asarray(b1_of_y, scalar_dtype())
                 next_y = recover_y(widen(next_x), widen(next_z), b1_wide)

@@ -14,6 +14,21 @@ with the leaf's place in the order of the optimizer, the element's place in the 
 array in row-major order, and the steps taken before this one. A block has two words
 of 32 bits and so four numbers: of y, z, v and m; of x there is one in the next block.
 
+With y and z alone in bfloat16, x is what y has besides its share of z. Were it
+
+    β x = y - (1 - β) z
+
+then every step would round it anew, since (1 - β) z lies between y's digits. So the
+share of z is first rounded to a whole number of y's last digits, to nearest:
+
+    t = y - s(z, y),    s(z, y) = ulp(y) round((1 - β) z / ulp(y)),    x = t / β
+
+y and t then have the same digits. While x stands still, y follows z by whole digits
+and is rounded nowhere; what is rounded at random is what a step adds to t:
+
+    t' = (1 - c) (β' / β) t + c β' z'
+    y' = t' + s(z', t' + (1 - β') z')
+
 References:
   Salmon et al., *Parallel Random Numbers: As Easy as 1, 2, 3*, SC 2011
 """
@@ -24,6 +39,36 @@ import numpy as np
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 PARITY = 0x1BD11BDA
 ARRAYS = ("y", "z", "v", "m", "x")
+
+
+def lean_y(
+    y: np.ndarray,
+    z: np.ndarray,
+    next_z: np.ndarray,
+    c: float,
+    b1: float,
+    next_b1: float,
+) -> np.ndarray:
+    """y' in float32, which is to be rounded; all arrays are float32."""
+    f = np.float32
+    t = y - in_digits_of(y, (1 - f(b1)) * z)
+    off_t = 1 - (1 - c) * next_b1 / b1
+    t = t + (f(c * next_b1) * next_z - f(off_t) * t)
+    share = (1 - f(next_b1)) * next_z
+    return t + in_digits_of(t + share, share)
+
+
+def in_digits_of(y: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """The share to the nearest multiple of the last digit that y has in bfloat16."""
+    # The share has 24 digits, of which no more are to be dropped than there are.
+    e = np.maximum(_exponent(y), _exponent(share) - 16)
+    digit = np.ldexp(1.0, np.maximum(e, -119) - 7)
+    return (np.rint(share / digit) * digit).astype(np.float32)
+
+
+def _exponent(values: np.ndarray) -> np.ndarray:
+    """e with ``2^e <= |value| < 2^(e + 1)``; of the smallest normal number for 0."""
+    return np.frexp(np.maximum(np.abs(values), 2.0**-126))[1] - 1
 
 
 def threefry2x32(

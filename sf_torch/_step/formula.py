@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sf_torch._step.batches import Leaf, arithmetic_dtype, is_master, wide_dtype
 from sf_torch._step.numbers import Number, Numbers
-from sf_torch._step.rounding import Rounding
+from sf_torch._step.rounding import Rounding, lean_y
 
 
 class Plain:
@@ -72,7 +72,9 @@ def step(
     rounded_z = _rounded(leaf, "z", next_z, rounding)
     next_z = rounded_z.to(dtype)
 
-    if x is None:
+    if x is None and rounding is not None and param.dtype == torch.bfloat16:
+        next_y = lean_y(y, z, next_z, n)
+    elif x is None:
         # Through z' - z as z' was rounded: through the displacement, its equal on
         # paper, the rounding of z would part y from z for good. And as one sum: each
         # rounding of y is one of x, times 1 / β.
