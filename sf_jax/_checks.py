@@ -5,6 +5,7 @@ Only concrete Python and NumPy numbers are checked. Under
 value cannot be read here.
 """
 
+import math
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -48,6 +49,11 @@ def decay_rate(name: str, value: Any) -> None:
 def non_negative(name: str, value: Any, meaning: str) -> None:
     if is_number(value) and not value >= 0:
         raise ValueError(f"{name} must not be negative, got {value}. It is {meaning}.")
+
+
+def finite(name: str, value: Any, meaning: str) -> None:
+    if is_number(value) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}. It is {meaning}.")
 
 
 def learning_rate(value: Any) -> None:

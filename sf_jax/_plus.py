@@ -8,9 +8,10 @@ hold parts of them),
     I &= \beta_k \sum g \cdot (z - x) \\
     e &= p \, e + (1 - p) \sqrt{\pi / 2} \sum |g|, \qquad
     \hat e = e / (1 - p^{k+1}) \\
-    lr_k &= \max(lr, \epsilon) \, \max(0, f + I) / \hat e
+    lr_k &= \max(lr, \epsilon) \, \max(0, f - f_{low} + I) / \hat e
 
-and :math:`lr_k = 0` where the loss is not finite. The base step is AdamW's with
+and :math:`lr_k = 0` where the loss is not finite. :math:`f_{low}` is the least loss
+that is thought possible, 0 in the paper. The base step is AdamW's with
 momentum, whose decay is scaled by :math:`lr_k` twice (AdamC), the average begins after
 ``c_warmup`` steps, and β may grow:
 
@@ -61,6 +62,7 @@ def polyak_step_size(
     polyak_beta: jax.typing.ArrayLike,
     upstream_compatible: bool,
     axis_name: str | Sequence[str] | None = None,
+    loss_floor: optax.ScalarOrSchedule = 0.0,
 ) -> StepSize:
     scheduled = _averaging.scheduled(learning_rate)
     axes = {axis_name} if isinstance(axis_name, str) else set(axis_name or ())
@@ -85,12 +87,15 @@ def polyak_step_size(
             _check_axes(axes, loss, grads, iterates)
         if spread := _meshes.varying(loss) & axes:
             loss = jax.lax.pmean(loss, tuple(spread))
-        norm = math.sqrt(math.pi / 2) * _total(jax.tree.map(_sum_abs, grads), axes)
+        whole = _undone_clipping(grads, extra_args.get("grad_norm"), axes)
+        norm = whole * _total(jax.tree.map(_sum_abs, grads), axes)
+        norm = math.sqrt(math.pi / 2) * norm
         # Rounded to float32, polyak_beta and 1 - polyak_beta would not add up to 1.
         mean = state.grad_l1 + (1 - polyak_beta) * (norm - state.grad_l1)
         corrected = mean / one_minus_power(polyak_beta, count)
         beta = sf_beta1(count) if callable(sf_beta1) else sf_beta1
-        gap = loss - beta * _inner(grads, iterates, axes)
+        floor = loss_floor(count) if callable(loss_floor) else loss_floor
+        gap = loss - floor - beta * whole * _inner(grads, iterates, axes)
         # Without a gradient there is no direction either, and any step will do. After a
         # loss that is not finite there is no step.
         some = (corrected > 0) & jnp.isfinite(gap)
@@ -143,13 +148,14 @@ def schedule_free_plus(
     moment_dtype: jax.typing.DTypeLike | None = None,
     upstream_compatible: bool = False,
     axis_name: str | Sequence[str] | None = None,
+    loss_floor: optax.ScalarOrSchedule = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""ScheduleFree+, AdamC with a Polyak step size, for large runs.
 
     .. math::
 
-        lr_k &= \max(lr, \epsilon) \, \max(0, f + \beta_k \sum g \cdot (z - x))
-                / \hat e \\
+        lr_k &= \max(lr, \epsilon) \,
+                \max(0, f - f_{low} + \beta_k \sum g \cdot (z - x)) / \hat e \\
         z' &= z - lr_k \frac{\hat m}{\sqrt{\hat v} + \epsilon} - lr_k^2 \lambda y \\
         x' &= (1 - c_k) x + c_k z' \\
         y' &= (1 - \beta_k) z' + \beta_k x'
@@ -159,6 +165,14 @@ def schedule_free_plus(
     ``shard_map`` over the axes in ``axis_name``. f is the mean loss of the whole batch,
     to which the gradients belong: with a loss of its own each replica would take a step
     of its own. A loss that is not finite gives a step of size 0.
+
+    Gradients that were clipped make the sums too small and the step too long. Give
+    ``update`` their norm before that too, ``grad_norm=optax.tree.norm(grads)``: the
+    step size is then that of the whole gradients. This is for clipping by one factor,
+    as in ``optax.chain(optax.clip_by_global_norm(1.0), schedule_free_plus())``; where
+    elements are clipped each by itself, the ratio of the norms is not quite right.
+    ``optax.MultiSteps`` hands on what the last of its batches was given: let that be
+    the mean of their losses.
 
     Args:
       learning_rate: a factor on the step size, 1 unless you know better; a float, an
@@ -194,10 +208,16 @@ def schedule_free_plus(
         ``check_vma=True``. Without it, and in ``pmap``, only ``axis_name=()`` works,
         which checks nothing: each device must hold all parameters and be given the
         mean, ``value=jax.lax.pmean(loss, axis)``.
+      loss_floor: f_low, the least loss that is thought possible, in the loss's unit: a
+        finite number, an array or a schedule of the count (0 at the first step). 0
+        suits a model that can come near a loss of 0; where it cannot, steps come out
+        too long near the end. Too high a floor stops training once the loss is there:
+        steps are 0 where ``f - f_low + I`` is not positive.
 
     Returns:
       An optax transformation whose state is a ``ScheduleFreeState``. Its ``update``
-      needs the loss too: ``update(grads, state, params, value=loss)``.
+      needs the loss too, ``update(grads, state, params, value=loss)``, and takes
+      ``grad_norm``.
 
     Raises:
       ValueError: an argument out of its range; in ``update`` a missing ``value``, or
@@ -231,6 +251,7 @@ def schedule_free_plus(
     _checks.steps("sf_beta1_anneal_steps", sf_beta1_anneal_steps)
     _checks.floating_dtype("moment_dtype", moment_dtype)
     _checks.axis_name(axis_name)
+    _checks.finite("loss_floor", loss_floor, "the least loss thought possible")
     beta: Any = sf_beta1
     if not _checks.is_off(sf_beta1_anneal_steps):
         # Both below 1: an average that is all of y could never be left again.
@@ -241,7 +262,13 @@ def schedule_free_plus(
     return rule(
         adamw_base(b2, eps, b1, weight_decay, "y", mask, moment_dtype, variant="adamc"),
         polyak_step_size(
-            learning_rate, beta, eps, polyak_beta, upstream_compatible, axis_name
+            learning_rate,
+            beta,
+            eps,
+            polyak_beta,
+            upstream_compatible,
+            axis_name,
+            loss_floor,
         ),
         _averaging.mean_after(c_warmup, _averaging.polynomial_mean(r, weight_lr_power)),
         beta,
@@ -298,6 +325,21 @@ def _inner(grads: optax.Updates, iterates: Iterates, axes: Set[str]) -> jax.Arra
     return _total(
         jax.tree.map(of_leaf, grads, iterates.y, iterates.z, iterates.stored_x), axes
     )
+
+
+def _undone_clipping(
+    grads: optax.Updates, grad_norm: jax.typing.ArrayLike | None, axes: Set[str]
+) -> jax.Array | float:
+    """What undoes the factor that the gradients were multiplied by to clip them."""
+    if grad_norm is None:
+        return 1.0
+    present = jnp.sqrt(_total(jax.tree.map(_sum_squares, grads), axes))
+    some = present > 0
+    return jnp.where(some, grad_norm / jnp.where(some, present, 1), 1.0)
+
+
+def _sum_squares(leaf: jax.Array) -> jax.Array:
+    return _sum(jnp.square(jnp.abs(widen(leaf))))
 
 
 def _sum_abs(leaf: jax.Array) -> jax.Array:

@@ -43,7 +43,7 @@ from sf_torch._stand_in import replace_schedulefree
 from sf_torch.bases import CombinedOptimizer
 from sf_torch.batchnorm import update_bn
 from sf_torch.checkpoint import load_checkpoint, save_checkpoint
-from sf_torch.distributed import check_modes
+from sf_torch.distributed import check_modes, mean_loss
 
 __version__ = _requirements.version()
 
@@ -76,6 +76,7 @@ __all__ = [
     "check_modes",
     "follow",
     "load_checkpoint",
+    "mean_loss",
     "read_record",
     "record",
     "replace_schedulefree",

@@ -153,6 +153,11 @@ def optional_boolean(name: str, value: Any) -> None:
         boolean(name, value)
 
 
+def finite(name: str, value: Any) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}. Leave it out for 0.")
+
+
 _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "lr": learning_rate,
     "momentum": interpolation,
@@ -166,6 +171,7 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "sf_beta1": interpolation,
     "sf_beta1_max": decay_rate,
     "polyak_beta": decay_rate,
+    "loss_floor": finite,
     "mu_y": interpolation,
     "mu_x": interpolation,
     "refined_c": non_negative,

@@ -20,7 +20,7 @@ from sf_torch._step import dispatch, formula, fused
 from sf_torch._step.batches import MISSED, is_master, wide_dtype
 from sf_torch._step.dispatch import Way
 from sf_torch._step.modes import Modes
-from sf_torch._step.schedule import Group
+from sf_torch._step.schedule import Group, has_begun
 
 ITERATES = ("z", "x", "y")
 """Keys of a parameter's state that are Schedule-Free's, whatever moves z."""
@@ -199,7 +199,7 @@ class Iterates(torch.optim.Optimizer):
 
     def _x(self, p: Tensor, group: Group) -> Tensor:
         state = self.state.get(p)
-        if not state or "z" not in state:
+        if not state or "z" not in state or not has_begun(group):
             return p  # has not moved yet: x, y and z are one
         self._bring(p, self._arrays(group))
         if "x" in state:
@@ -222,8 +222,11 @@ class Iterates(torch.optim.Optimizer):
     def _moved(self, group: Group) -> list[tuple[Tensor, dict[str, Tensor]]]:
         """The parameters that have taken a step, each with its state on its own device.
 
-        The state of others has no z: their x, y and z are still one.
+        The state of others has no z, or was made before any step: their x, y and z
+        are still one.
         """
+        if not has_begun(group):
+            return []
         moved = [p for p in group["params"] if "z" in self.state.get(p, ())]
         keys = self._arrays(group)
         return [(p, self._bring(p, keys)) for p in moved]

@@ -17,6 +17,7 @@ from torch import Tensor
 from sf_torch import _checks
 from sf_torch._step.batches import MISSED, local
 from sf_torch._step.formula import recover_x, recover_y
+from sf_torch._step.schedule import has_begun
 
 Group = dict[str, Any]
 States = Mapping[Tensor, dict[str, Tensor]]
@@ -262,6 +263,8 @@ def _misplaced(
     """
     swapped, foreign = [], []
     for i, group in enumerate(groups):
+        if not has_begun(group):
+            continue
         for j, p in enumerate(group["params"]):
             iterates = _iterates(states.get(p) or {}, group["b1"])
             if iterates is None or p.is_meta:

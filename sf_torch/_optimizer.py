@@ -20,7 +20,7 @@ from torch import Tensor
 from sf_torch import _checks, _loaded
 from sf_torch._iterates import Iterates
 from sf_torch._step import formula
-from sf_torch._step.batches import MISSED, Leaf, local
+from sf_torch._step.batches import MISSED, Leaf, local, of_all_shards
 from sf_torch._step.dispatch import Plan, Way
 from sf_torch._step.eager import Scratch
 from sf_torch._step.finite import not_finite
@@ -28,6 +28,7 @@ from sf_torch._step.numbers import Numbers
 from sf_torch._step.schedule import (
     Group,
     enter_counters,
+    has_begun,
     number,
     polynomial_weight,
     to_device,
@@ -72,6 +73,9 @@ class ScheduleFree(Iterates):
             Or after a step that has failed half-way: it names the exception.
           ValueError: a parameter of integers has a gradient; nothing has moved then.
         """
+        if closure is None and self._is_asked_for_state():
+            self._make_state()
+            return None
         self._check_mode()
         loss = None
         if closure is not None:
@@ -94,6 +98,12 @@ class ScheduleFree(Iterates):
                 "pass."
             )
         self._settle(_loaded.check)
+        for group in self.param_groups:
+            if not has_begun(group):
+                # A state that was made to be looked at. Weights may have come since.
+                for p in group["params"]:
+                    if "z" in self.state.get(p, ()):
+                        del self.state[p]
 
     @torch.compiler.disable
     def _check_gradients(self) -> None:
@@ -240,6 +250,42 @@ class ScheduleFree(Iterates):
         state = self._state_of(p, group)
         arrays = {k: local(state[k]) for k in self._arrays(group) if k in state}
         return {"param": local(p.detach()), **arrays}
+
+    # State before any step
+
+    @torch.compiler.disable
+    def _is_asked_for_state(self) -> bool:
+        """Whether the step is one by which others look at the state of a fresh run.
+
+        ``torch.distributed.checkpoint`` does so, to see what it is to load: with lr and
+        all gradients 0, and in whichever mode. Such a step is not counted.
+        """
+        if any(self.state.values()):
+            return False
+        given = []
+        for group in self.param_groups:
+            lr = group["lr"]
+            on_host = not isinstance(lr, Tensor) or lr.is_cpu
+            if has_begun(group) or not on_host or float(lr) != 0:
+                return False
+            given += [p.grad for p in group["params"] if p.grad is not None]
+        return bool(given) and not any(
+            grad.is_sparse or bool(of_all_shards(grad.abs().sum())) for grad in given
+        )
+
+    @torch.compiler.disable
+    def _make_state(self) -> None:
+        """The state of every parameter with a gradient, with all that a saved one has.
+
+        The first step makes it anew.
+        """
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self._state_of(p, group)
+                if "x" not in state:
+                    state["y"] = p.detach().clone()
 
     # Parameters without a gradient
 

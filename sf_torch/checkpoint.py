@@ -8,6 +8,7 @@ import torch
 from sf_torch import _archive, _loaded
 from sf_torch._optimizer import ScheduleFree
 from sf_torch._optimizers.forms import Closure
+from sf_torch._step.schedule import has_begun
 
 FORMAT = 1
 PARTS = {
@@ -139,7 +140,7 @@ def _resume(optimizer: ScheduleFree) -> None:
 
 
 def _check_pair(model: torch.nn.Module, optimizer: ScheduleFree) -> None:
-    stepped = any("z" in state for state in optimizer.state.values())
+    stepped = any(map(has_begun, optimizer.param_groups))
     half_moved = optimizer._spoiled is not None
     has_modes = stepped and not half_moved and not isinstance(optimizer, Closure)
     if has_modes and model.training != optimizer.training:

@@ -1,6 +1,12 @@
-"""Whether all processes of a distributed run are in the same mode."""
+"""What processes must agree on: their modes, and for ScheduleFree+ their losses."""
 
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from sf_torch._optimizer import ScheduleFree
 
@@ -37,4 +43,60 @@ def check_modes(
         raise RuntimeError(
             f"ranks {train} are in train mode, ranks {evaluating} in eval mode: some "
             "hold y, others x. Call optimizer.train() or optimizer.eval() on all ranks."
+        )
+
+
+def mean_loss(loss: float | Tensor, group: dist.ProcessGroup | None = None) -> float:
+    """The mean of the processes' losses: what ScheduleFree+ needs under DDP.
+
+    A collective: all ranks of the group must call it. Without a process group it is the
+    loss as it is.
+
+    Args:
+      loss: this rank's loss, one number.
+      group: the process group; by default that of all ranks.
+
+    Returns:
+      The mean, the same number on all ranks.
+
+    Examples:
+      >>> import torch, sf_torch
+      >>> sf_torch.mean_loss(torch.tensor(2.0))  # a single process has the mean
+      2.0
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return float(loss)
+    return totals([float(loss)], group)[0] / dist.get_world_size(group)
+
+
+def totals(numbers: Sequence[float], group: dist.ProcessGroup | None) -> list[float]:
+    """Sums over the processes of a group, or the numbers where there is no group."""
+    if group is None and not (dist.is_available() and dist.is_initialized()):
+        return list(numbers)
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    together = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(together, group=group)
+    return together.tolist()
+
+
+def mean_over_mesh(loss: float, mesh: Any) -> float:
+    """The mean of the losses of a device mesh's processes."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    number = torch.tensor([loss], dtype=torch.float64, device=mesh.device_type)
+    parts = DTensor.from_local(number, mesh, [Partial()] * mesh.ndim, run_check=False)
+    return float(parts.full_tensor()) / mesh.size()
+
+
+def warn_of_other_processes(known: int) -> None:
+    """Warns where there are more processes than the loss is known to be the mean of."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    if dist.get_world_size() > known:
+        warnings.warn(
+            f"there are {dist.get_world_size()} processes, and the loss that "
+            f"ScheduleFree+ got is of {known}. If all train one model together (DDP), "
+            "pass sf_torch.mean_loss(loss): else each takes a step of its own, and the "
+            "replicas part. If they train several models, pass loss.detach().",
+            stacklevel=2,
         )

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 try:
@@ -12,6 +13,7 @@ except ImportError:
     from pytorch_lightning import Callback, LightningModule, Trainer
 
 from sf_torch._optimizer import ScheduleFree
+from sf_torch._optimizers.plus import AdamCScheduleFreePlus
 
 
 class ScheduleFreeCallback(Callback):
@@ -21,7 +23,9 @@ class ScheduleFreeCallback(Callback):
     checkpoint holds x, ready to serve, whenever it is written; a run that resumes from
     it goes on at the y that it left. After ``fit`` the module holds x, also when an
     exception or Ctrl-C ended it. The learning rate finder and the batch size scaler
-    work as usual.
+    work as usual. ScheduleFree+ is told the loss of the step, the mean over accumulated
+    batches and processes, and the norm that its gradients have before Lightning clips
+    them; under manual optimization call ``step(closure)`` yourself.
 
     The order of the callbacks does not matter: this one puts itself first. Beside it,
     ``StochasticWeightAveraging`` averages the x of each epoch, and
@@ -33,6 +37,37 @@ class ScheduleFreeCallback(Callback):
       ``Trainer(callbacks=[ScheduleFreeCallback()])``; the module's
       ``configure_optimizers`` returns the optimizer.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shares: list[Tensor] = []  # of the step's loss, one a batch
+
+    def on_before_zero_grad(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """The batches of another step begin."""
+        self._shares.clear()
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        """Tells ScheduleFree+ the loss, which is divided by the number of batches."""
+        told = _told(trainer, pl_module)
+        if not told:
+            return
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        share = loss.detach().float() / scale
+        self._shares.append(trainer.strategy.reduce(share, reduce_op="mean"))
+        for optimizer in told:
+            optimizer.tell(loss=sum(self._shares))
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Tells ScheduleFree+ the norm of its gradients; clipping comes after."""
+        for optimizer in _told(trainer, pl_module):
+            optimizer.tell(grad_norm=optimizer.grad_norm())
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Puts itself first. In a fit every step finds y then, and every save x."""
@@ -92,6 +127,12 @@ class ScheduleFreeCallback(Callback):
     # or for good; StochasticWeightAveraging does so at the start of an epoch.
     on_train_epoch_end = _to_x
     on_train_end = _to_x
+
+
+def _told(trainer: Trainer, pl_module: LightningModule) -> list[AdamCScheduleFreePlus]:
+    if not pl_module.automatic_optimization:
+        return []
+    return [o for o in trainer.optimizers if isinstance(o, AdamCScheduleFreePlus)]
 
 
 def _to_x(trainer: Trainer) -> None:

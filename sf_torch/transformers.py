@@ -32,6 +32,8 @@ class ScheduleFreeCallback(TrainerCallback):
     Examples:
       ``Trainer(..., optimizers=(optimizer, None), callbacks=[ScheduleFreeCallback()])``
       with ``lr_scheduler_type="constant"``: decay schedules do not belong here.
+      ScheduleFree+ needs the loss too, which is a line more:
+      ``sf_torch.accelerate.tell_losses(trainer.accelerator, optimizer)``.
     """
 
     def __init__(self) -> None:

@@ -24,10 +24,13 @@ class HeldDecay(ScheduleFree):
         self.shrink, self.at, self.b1 = shrink, at, b1
 
     def step(
-        self, grads: Mapping[str, np.ndarray | None], value: float | None = None
+        self,
+        grads: Mapping[str, np.ndarray | None],
+        value: float | None = None,
+        grad_norm: float | None = None,
     ) -> None:
         leaves = self.z if self.at == "z" else self.y
         for n in leaves:
             leaves[n] = (1 - self.shrink) * leaves[n]
             self.x[n] = (self.y[n] - (1 - self.b1) * self.z[n]) / self.b1
-        super().step(grads, value)
+        super().step(grads, value, grad_norm)

@@ -33,6 +33,7 @@ class Now(NamedTuple):
     z: Leaves
     value: float | None  # the loss at y, or None where the caller has none
     groups: Sequence["Now"]  # every group of the step, this one included
+    grad_norm: float | None = None  # of all gradients before they were clipped
 
     def total(self, term: Callable[["Now", str], float]) -> float:
         """The sum of ``term(now, leaf)`` over all leaves with a gradient."""
@@ -71,19 +72,24 @@ class ScheduleFree:
         self.k = 0
 
     def step(
-        self, grads: Mapping[str, np.ndarray | None], value: float | None = None
+        self,
+        grads: Mapping[str, np.ndarray | None],
+        value: float | None = None,
+        grad_norm: float | None = None,
     ) -> None:
         """Takes one step.
 
         Args:
           grads: the gradients at y by leaf. A leaf that is absent or None has none.
           value: the loss at y, which ScheduleFree+ needs.
+          grad_norm: the norm of all gradients together before they were clipped, which
+            it may be given.
         """
         nows: list[Now] = []
         for names, _ in self.groups:
             given = {n: wide(g) for n in names if (g := grads.get(n)) is not None}
             x, y, z = ({n: at[n] for n in names} for at in (self.x, self.y, self.z))
-            nows.append(Now(self.k, given, x, y, z, value, nows))
+            nows.append(Now(self.k, given, x, y, z, value, nows, grad_norm))
         for (_, seams), now in zip(self.groups, nows, strict=True):
             b1 = seams.b1(self.k)
             lr = seams.step_size(now)

@@ -64,14 +64,16 @@ class PolyakStep:
 
         I &= \beta_k \sum g \cdot (z - x) \\
         e &= p e + (1 - p) \sqrt{\pi/2} \sum |g|, \quad \hat e = e / (1 - p^{k+1}) \\
-        lr_k &= \max(lr, \epsilon) \max(0, f + I) / \hat e
+        lr_k &= \max(lr, \epsilon) \max(0, f - f_{low} + I) / \hat e
 
-    The sums are over the leaves of all groups. lr_k is 0 where every gradient is 0,
+    The sums are over the leaves of all groups, with g as it was before it was clipped
+    by one factor, where its norm is given. lr_k is 0 where every gradient is 0,
     and where the loss is not finite.
 
     Args:
       polyak_beta: p.
       upstream_compatible: keep ê in place of e, as the published code does.
+      loss_floor: f_low by step, the least loss that is thought possible.
     """
 
     def __init__(
@@ -81,9 +83,11 @@ class PolyakStep:
         b1: Callable[[int], float],
         polyak_beta: float,
         upstream_compatible: bool,
+        loss_floor: Callable[[int], float] = lambda k: 0.0,
     ) -> None:
         self.lr, self.eps, self.b1 = lr, eps, b1
         self.polyak_beta, self.upstream = polyak_beta, upstream_compatible
+        self.loss_floor = loss_floor
         self.e = 0.0
 
     def __call__(self, now: Now) -> float:
@@ -92,13 +96,19 @@ class PolyakStep:
         def inner(now: Now, n: str) -> float:
             return np.sum(np.real(np.conj(now.grads[n]) * (now.z[n] - now.x[n])))
 
-        norm = sqrt(pi / 2) * now.total(lambda now, n: np.sum(np.abs(now.grads[n])))
+        clipped = 1.0  # the factor that the gradients were multiplied by
+        if now.grad_norm is not None:
+            square = now.total(lambda now, n: np.sum(np.abs(now.grads[n]) ** 2))
+            clipped = sqrt(square) / now.grad_norm
+        norm = now.total(lambda now, n: np.sum(np.abs(now.grads[n])))
+        norm = sqrt(pi / 2) * norm / clipped
         self.e = p * self.e + (1 - p) * norm
         corrected = self.e / (1 - p ** (now.k + 1))
         if self.upstream:
             self.e = corrected
         assert now.value is not None
-        gap = now.value + self.b1(now.k) * now.total(inner)
+        gap = now.value - self.loss_floor(now.k)
+        gap += self.b1(now.k) * now.total(inner) / clipped
         lr = max(self.lr(now.k), self.eps)
         if not corrected or not isfinite(gap):
             return 0.0

@@ -54,6 +54,8 @@ class Closure(ScheduleFree):
           ValueError: no closure.
         """
         if closure is None:
+            if self._is_asked_for_state():
+                return ScheduleFree.step(self)
             raise ValueError(
                 "step() needs a closure here: between steps the parameters hold x, and "
                 "gradients belong to y. Call step(closure), or use the form without "

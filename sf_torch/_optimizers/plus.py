@@ -4,9 +4,10 @@ With the loss f at y, and sums over the parameters of all groups,
 
     I    = β_k Σ g·(z - x)
     e    = p e + (1 - p) sqrt(π/2) Σ|g|,   ê = e / (1 - p^(k+1))
-    lr_k = max(lr, eps) · max(0, f + I) / ê
+    lr_k = max(lr, eps) · max(0, f - f_low + I) / ê
 
-and lr_k = 0 where the loss is not finite. The base step is AdamW's with momentum, whose
+and lr_k = 0 where the loss is not finite. f_low is the least loss that is thought
+possible, 0 in the paper. The base step is AdamW's with momentum, whose
 decay is scaled by lr_k twice (AdamC), the average begins after ``c_warmup`` steps, and
 β may grow:
 
@@ -18,6 +19,8 @@ References:
 """
 
 import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,10 +28,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from sf_torch import _checks
+from sf_torch import _checks, distributed
 from sf_torch._optimizer import ScheduleFree, bookkeeping
 from sf_torch._optimizers.adamw import AdamWScheduleFree
 from sf_torch._optimizers.forms import Reference
+from sf_torch._step.batches import of_all_shards, wide_dtype
 from sf_torch._step.numbers import Numbers
 from sf_torch._step.schedule import Group, one_minus_power
 
@@ -36,14 +40,24 @@ from sf_torch._step.schedule import Group, one_minus_power
 class AdamCScheduleFreePlus(AdamWScheduleFree):
     """ScheduleFree+, AdamC with a Polyak step size, for large runs.
 
-        lr_k = max(lr, eps) · max(0, f + β_k Σ g·(z - x)) / ê
+        lr_k = max(lr, eps) · max(0, f - f_low + β_k Σ g·(z - x)) / ê
         z'   = z - lr_k m̂ / (sqrt(v̂) + eps) - lr_k² λ y
         x'   = (1 - c_k) x + c_k z'
         y'   = (1 - β_k) z' + β_k x'
 
     with f the loss, and ê the size of the gradient over all groups (see the module).
     Call ``step_func(function_value=loss)`` after ``loss.backward()``, or
-    ``step(closure)``. With several processes the mean of their losses is taken.
+    ``step(closure)``.
+
+    The loss is the mean over all that the gradients are of: over accumulated
+    micro-batches, and over the processes that train the model together, since they
+    must all take the same step. Distributed tensors (FSDP2, HSDP, tensor parallelism)
+    tell which processes these are, and so does ``process_group``: along them the mean
+    is taken here. Nothing tells of DDP: pass ``sf_torch.mean_loss(loss)``.
+
+    Gradients that were clipped make the sums too small and the step too long. Give
+    their norm before that, ``step_func(loss, grad_norm=norm)`` with what
+    ``clip_grad_norm_`` returns: the step size is then that of the whole gradients.
 
     Args:
       params: parameters or groups of them, as for any torch optimizer.
@@ -77,9 +91,21 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
       skip_nonfinite: leave all as it was in a step in which a gradient has a NaN or an
         infinity: y, z, moments and counters. The host looks at the gradients before it
         goes on, which a GPU is waited for.
+      loss_floor: f_low, the least loss that is thought possible, in the loss's unit: a
+        finite number, or a function of k (0 at the first step) that gives one. 0 suits
+        a model that can come near a loss of 0; where it cannot, steps come out too long
+        near the end. Too high a floor stops training once the loss is there: steps are
+        0 where ``f - f_low + I`` is not positive. One for all groups, which hold its
+        present value; a function is not part of the state dict, so give it anew.
+      process_group: the processes that hold other parts of the parameters, which the
+        tensors do not show: FSDP1's shards, the partitions of
+        ``ZeroRedundancyOptimizer``, pipeline stages. The sums go over all of them, and
+        the mean of their losses is taken; a step is two all-reduces, which all of
+        them must reach. Not for DDP, where each has all parameters. None for none.
 
     Raises:
-      ValueError: an argument out of its range.
+      ValueError: an argument out of its range, or parameters of FSDP1 without
+        ``process_group``.
       TypeError: a number of steps that is not a whole number.
 
     Examples:
@@ -122,7 +148,12 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
         upstream_compatible: bool = False,
         moment_dtype: torch.dtype | None = None,
         skip_nonfinite: bool = False,
+        loss_floor: float | Callable[[int], float] = 0.0,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
+        self.process_group = process_group
+        if callable(loss_floor):
+            self._floor_at, loss_floor = loss_floor, loss_floor(0)
         options = {
             "lr": lr,
             "betas": betas,
@@ -139,6 +170,7 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
             "decay_at": "y",
             "upstream_compatible": upstream_compatible,
             "moment_dtype": moment_dtype,
+            "loss_floor": loss_floor,
             "grad_l1_ema": 0.0,
             # What Meta's class of this name keeps in its groups besides, for logs.
             "grad_l1_ema_corr": 0.0,
@@ -151,6 +183,12 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
         )
         ScheduleFree.__init__(self, params, options)
 
+    # A schedule of the floor, which is no number that a group could hold.
+    _floor_at: Callable[[int], float] | None = None
+    process_group: dist.ProcessGroup | None = None
+    _told: Mapping[str, Any] = MappingProxyType({})
+    _may_warn = True
+
     def _check_group(self, group: Group, first: Group) -> None:
         if group["capturable"]:
             raise ValueError(
@@ -158,23 +196,37 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
                 "host, from the loss. Leave it out."
             )
         super()._check_group(group, first)
+        if self.process_group is None and any(map(_is_flat, group["params"])):
+            raise ValueError(
+                "the parameters are parts of FSDP1's, and a step size from the sums "
+                "over one part would differ between processes. Pass process_group=, "
+                "the group that they are sharded over (torch.distributed.group.WORLD "
+                "unless you gave another), or shard with fully_shard."
+            )
         _checks.decay_rate("betas[0]", group["betas"][0])
-        for name in ("polyak_beta", "upstream_compatible"):
-            if group[name] != first[name]:
+        for name in ("polyak_beta", "upstream_compatible", "loss_floor"):
+            follows = name == "loss_floor" and self._floor_at
+            if group[name] != first[name] and not follows:
                 raise ValueError(
                     f"{name} must be one for all groups, got {first[name]} and "
-                    f"{group[name]}: the mean of the gradients' size is over all of "
-                    "them. Give it to the optimizer, not to a group."
+                    f"{group[name]}: the step size is found from all of them "
+                    "together. Give it to the optimizer, not to a group."
                 )
         if group["sf_beta1_anneal_steps"]:
             # An average that is all of y could never be left again.
             _checks.decay_rate("sf_beta1", group["sf_beta1"])
 
-    def step_func(self, function_value: float | Tensor) -> Any:
+    def step_func(
+        self, function_value: float | Tensor, grad_norm: float | Tensor | None = None
+    ) -> Any:
         """One step from the gradients and the loss at y.
 
         Args:
           function_value: the loss that the gradients belong to.
+          grad_norm: the Euclidean norm that the gradients of all parameters here had
+            together before they were clipped by one factor; None if they were not.
+            Clipping element by element is no factor: the sums are then scaled by the
+            ratio of the norms, which is not quite right.
 
         Returns:
           function_value.
@@ -182,19 +234,56 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
         Raises:
           RuntimeError: in eval mode, or for sparse gradients; nothing has moved then.
         """
+        self._told = MappingProxyType({})  # of a step that was never taken
+        self.tell(grad_norm=grad_norm)
         return self.step(lambda: function_value)
 
+    def tell(
+        self,
+        *,
+        loss: float | Tensor | None = None,
+        grad_norm: float | Tensor | None = None,
+    ) -> None:
+        """Tells the next step what ``step()`` and ``step(closure)`` cannot be given.
+
+        For trainers, which call these themselves: the callback for Lightning and
+        ``sf_torch.accelerate.tell_losses`` use it. The next step forgets it.
+
+        Args:
+          loss: the mean loss that the gradients belong to, in place of what a closure
+            returns.
+          grad_norm: as for :meth:`step_func`.
+        """
+        told = {"loss": loss, "grad_norm": grad_norm}
+        news = {key: value for key, value in told.items() if value is not None}
+        self._told = {**self._told, **news}
+
+    @torch.no_grad()
+    def grad_norm(self) -> float:
+        """The Euclidean norm of all gradients here, over all shards of them."""
+        rows = self._totals(lambda p, group, g: [_square(g)])
+        squares = [sum(row[0] for row in rows)]
+        if self.process_group is not None:
+            squares = distributed.totals(squares, self.process_group)
+        return math.sqrt(squares[0])
+
     def _measure(self, loss: Any, drafts: list[Group]) -> None:
+        told = self._told
+        loss = told.get("loss", loss)
         if loss is None:
             raise TypeError(
                 "ScheduleFree+ needs the loss: call step_func(function_value=loss) "
                 "after loss.backward(), or step(closure) with a closure that returns "
-                "it."
+                "it. In trainers: sf_torch.lightning.ScheduleFreeCallback() hands it "
+                "over, and sf_torch.accelerate.tell_losses(accelerator, optimizer), "
+                "for Hugging Face's Trainer with trainer.accelerator."
             )
-        inner, norm = self._sums()
-        gap = mean_over_processes(loss) + inner
+        inner, norm = self._sums(told.get("grad_norm"))
+        self._told = MappingProxyType({})
         # One mean for all groups, kept in each; the first has all its steps.
         first = drafts[0]
+        floor = self._floor_at(first["k"]) if self._floor_at else first["loss_floor"]
+        gap = self._mean_loss(loss) - floor + inner
         p = first["polyak_beta"]
         mean = p * first["grad_l1_ema"] + (1 - p) * math.sqrt(math.pi / 2) * norm
         corrected = mean / one_minus_power(p, first["k"])
@@ -207,24 +296,74 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
             moves = corrected and math.isfinite(gap)
             draft["scheduled_lr"] = lr * max(0.0, gap) / corrected if moves else 0.0
             logged = {"function_value_ema": gap, "ip_term": inner}
-            draft.update(logged, grad_l1_ema_corr=corrected)
+            draft.update(logged, grad_l1_ema_corr=corrected, loss_floor=floor)
 
-    def _sums(self) -> tuple[float, float]:
-        """``Σ β g·(z - x)`` and ``Σ|g|`` over all groups, and all shards of them."""
-        sums: dict[torch.device, list[Tensor]] = {}
+    def _sums(self, grad_norm: float | Tensor | None) -> tuple[float, float]:
+        """``Σ β g·(z - x)`` and ``Σ|g|``, as before the gradients were clipped.
+
+        Over all groups, all shards of them, and the process group.
+        """
+
+        def sums(p: Tensor, group: Group, g: Tensor) -> list[Tensor]:
+            z = self._state_of(p, group)["z"]
+            dtype = wide_dtype(p.dtype, z.dtype)
+            g, way = g.to(dtype), (z - self._x(p, group)).to(dtype)
+            inner = (g.conj() * way).real.sum()
+            found = [
+                self._beta(group) * of_all_shards(inner),
+                of_all_shards(g.abs().sum()),
+            ]
+            return found if grad_norm is None else [*found, _square(g)]
+
+        nothing = [0.0] * (2 if grad_norm is None else 3)
+        rows = [nothing, *self._totals(sums)]
+        found = [sum(column) for column in zip(*rows, strict=True)]
+        if self.process_group is not None:
+            found = distributed.totals(found, self.process_group)
+        inner, norm, *square = found
+        if grad_norm is not None and square[0] > 0:
+            # What undoes the factor that the gradients were multiplied by.
+            factor = _number(grad_norm) / math.sqrt(square[0])
+            inner, norm = factor * inner, factor * norm
+        return inner, norm
+
+    def _totals(
+        self, of: Callable[[Tensor, Group, Tensor], list[Tensor]]
+    ) -> list[list[float]]:
+        """Sums of what ``of`` finds for each gradient, a row for each device."""
+        rows: dict[torch.device, list[Tensor]] = {}
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                z = self._state_of(p, group)["z"]
-                g = p.grad.to(z.dtype)
-                inner = (g.conj() * (z - self._x(p, group))).real.sum()
-                pair = torch.stack(
-                    [self._beta(group) * whole(inner), whole(g.abs().sum())]
-                )
-                sums.setdefault(p.device, []).append(pair)
-        totals = [torch.stack(pairs).sum(0).tolist() for pairs in sums.values()]
-        return sum(t[0] for t in totals), sum(t[1] for t in totals)
+                if p.grad is not None:
+                    row = torch.stack(of(p, group, p.grad))
+                    rows.setdefault(p.device, []).append(row)
+        return [torch.stack(each).sum(0).tolist() for each in rows.values()]
+
+    def _mean_loss(self, loss: float | Tensor) -> float:
+        """The mean over the processes that are known to train the model together."""
+        meshes = {
+            p.device_mesh
+            for group in self.param_groups
+            for p in group["params"]
+            if hasattr(p, "device_mesh")
+        }
+        mesh = max(meshes, key=lambda mesh: mesh.size(), default=None)
+        number, processes = _number(loss), 1
+        if mesh is not None:
+            number, processes = distributed.mean_over_mesh(number, mesh), mesh.size()
+        if self.process_group is not None:
+            together = dist.get_world_size(self.process_group)
+            number = distributed.totals([number], self.process_group)[0] / together
+            processes = max(processes, together)
+        # One that has a graph comes from the model, and is the mean of nothing more.
+        if self._may_warn and isinstance(loss, Tensor) and loss.requires_grad:
+            self._may_warn = False
+            distributed.warn_of_other_processes(processes)
+        return number
+
+    def __getstate__(self) -> dict[str, Any]:
+        ours = {"_floor_at": self._floor_at, "process_group": self.process_group}
+        return super().__getstate__() | ours
 
     # The seams
 
@@ -259,15 +398,15 @@ class AdamCScheduleFreePlusPaper(Reference, AdamCScheduleFreePlus):
     """:class:`AdamCScheduleFreePlus` with x, y and z all stored, as Meta's is."""
 
 
-def whole(total: Tensor) -> Tensor:
-    """A sum over a distributed tensor, over all its shards."""
-    return total.full_tensor() if hasattr(total, "full_tensor") else total
+def _square(g: Tensor) -> Tensor:
+    size = g.abs()
+    return of_all_shards(size.to(wide_dtype(size.dtype)).square().sum())
 
 
-def mean_over_processes(loss: float | Tensor) -> float:
-    """The loss of all processes' batches, whose gradients have been averaged too."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        total = torch.as_tensor(loss).detach().clone()
-        dist.all_reduce(total)
-        return float(total) / dist.get_world_size()
-    return float(loss)
+def _number(value: float | Tensor) -> float:
+    return float(of_all_shards(value) if isinstance(value, Tensor) else value)
+
+
+def _is_flat(p: Tensor) -> bool:
+    """Whether the parameter is FSDP1's: a part that does not know of the whole."""
+    return hasattr(p, "_is_flat_param") or hasattr(p, "_fsdp_flattened")

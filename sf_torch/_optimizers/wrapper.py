@@ -157,6 +157,15 @@ class ScheduleFreeWrapper(ScheduleFree):
         finally:
             self._next_zs = {}
 
+    def _make_state(self) -> None:
+        super()._make_state()
+        groups = [dict(group) for group in self.param_groups]
+        self._moved_by_base(None, None)
+        for group, before in zip(self.param_groups, groups, strict=True):
+            # What the base counts there too.
+            group.clear()
+            group.update(before)
+
     @contextmanager
     def _warmed_up(self) -> Iterator[None]:
         """Sets each group's lr to lr_k within the block, and restores it at the end."""
@@ -208,7 +217,7 @@ class ScheduleFreeWrapper(ScheduleFree):
 
         xs = {}
         if closure is not None:
-            xs = {p: self._x(p, group) for p, group, _ in moving}
+            xs = {p: self._new_x(p, group) for p, group, _ in moving}
         zs = {p: self._decayed_z(p, group) for p, group, _ in moving}
         with self._apart():
             try:

@@ -114,6 +114,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def of_all_shards(number: Tensor) -> Tensor:
+    """A sum over a distributed tensor, over all its shards; another as it is."""
+    return number.full_tensor() if hasattr(number, "full_tensor") else number
+
+
 def same_device(tensors: Sequence[Tensor]) -> bool:
     """Whether one kernel can reach them all."""
     return all(t.device == tensors[0].device for t in tensors)

@@ -38,6 +38,11 @@ def to_device(group: Group, device: torch.device) -> None:
             group[key] = torch.as_tensor(group[key], dtype=torch.float64).to(device)
 
 
+def has_begun(group: Group) -> bool:
+    """Whether the group has counted a step. Until then x, y and z are one."""
+    return isinstance(group["k"], Tensor) or group["k"] > 0
+
+
 def enter_counters(group: Group, draft: Group, skip: Tensor | None = None) -> None:
     """Makes the counters of a draft the group's own, where ``skip`` is not true."""
     for key, value in draft.items():

@@ -11,6 +11,7 @@ import torch
 from torch_cases import same, values
 from trainer_runs import (
     BUILDS,
+    CLIP,
     INPUTS,
     TARGETS,
     bare_loop,
@@ -22,6 +23,7 @@ from trainer_runs import (
 )
 
 import sf_torch
+from sf_torch.accelerate import tell_losses
 
 pytestmark = together
 
@@ -53,13 +55,13 @@ def hugging_face_run(build, folder, others=(), first=True, **options):
     callback = [ScheduleFreeCallback()]
     options = {"per_device_train_batch_size": 4} | options
     options = {"logging_strategy": "no", "save_strategy": "no", **options}
+    options = {"max_grad_norm": 0.0, **options}
     arguments = transformers.TrainingArguments(
         output_dir=folder,
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
         lr_scheduler_type="constant",
-        max_grad_norm=0.0,
         **options,
     )
     rows = [{"inputs": i, "labels": t} for i, t in zip(INPUTS, TARGETS, strict=True)]
@@ -71,6 +73,8 @@ def hugging_face_run(build, folder, others=(), first=True, **options):
         optimizers=(optimizer, None),
         callbacks=[*callback, *others] if first else [*others, *callback],
     )
+    if hasattr(optimizer, "tell"):
+        tell_losses(trainer.accelerator, optimizer)
     return trainer, optimizer
 
 
@@ -97,6 +101,19 @@ def test_hugging_face_evaluates_saves_and_ends_at_x(build, tmp_path):
     assert not optimizer.training
     optimizer.train()
     assert same(values(trainer.model), y)
+
+
+def test_hugging_face_tells_plus_the_loss_of_accumulated_clipped_batches(tmp_path):
+    trainer, _ = hugging_face_run(
+        BUILDS["plus"],
+        tmp_path,
+        num_train_epochs=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_grad_norm=CLIP,
+    )
+    trainer.train()
+    close(values(trainer.model), bare_loop(BUILDS["plus"], epochs=2, clip=CLIP)[0])
 
 
 def test_hugging_face_resumes_at_y(tmp_path):

@@ -8,6 +8,7 @@ import torch
 from torch_cases import same, values
 from trainer_runs import (
     BUILDS,
+    CLIP,
     INPUTS,
     TARGETS,
     bare_loop,
@@ -107,6 +108,29 @@ def test_lightning_is_in_the_right_mode_at_every_stage(build, tmp_path):
         "predict": {False},
     }
     assert "save_checkpoint" not in trainer.__dict__
+
+
+def clipped_run(folder, batch_size, **options):
+    """x after two epochs in which Lightning clips gradients."""
+    module = small_module(BUILDS["plus"], network())
+    module.lr, module.batch_size = 0.5, batch_size
+    from sf_torch.lightning import ScheduleFreeCallback
+
+    trainer = small_trainer(
+        folder,
+        [ScheduleFreeCallback()],
+        max_epochs=2,
+        limit_val_batches=0,
+        gradient_clip_val=CLIP,
+        **options,
+    )
+    trainer.fit(module)
+    return values(module)
+
+
+def test_lightning_tells_plus_the_loss_of_accumulated_clipped_batches(tmp_path):
+    x, _ = bare_loop(BUILDS["plus"], epochs=2, clip=CLIP)
+    close(clipped_run(tmp_path, batch_size=2, accumulate_grad_batches=2), x)
 
 
 # Lightning would rather resume in an empty folder.

@@ -27,11 +27,15 @@ BUILDS = {
     "wrapper": lambda params: sf_torch.ScheduleFreeWrapper(
         torch.optim.SGD(params, lr=0.1)
     ),
+    "plus": lambda params: sf_torch.AdamCScheduleFreePlus(
+        params, lr=0.5, polyak_beta=0.5, c_warmup=2
+    ),
 }
+CLIP = 0.3  # which most gradients here are above
 builds = pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS.keys())
 
 
-def bare_steps(build, batch_size=4, model=None):
+def bare_steps(build, batch_size=4, model=None, clip=None):
     """x and y after every step of training without any trainer, epoch after epoch."""
     model = network() if model is None else model
     optimizer = build(model.parameters())
@@ -39,14 +43,18 @@ def bare_steps(build, batch_size=4, model=None):
     batches = zip(INPUTS.split(batch_size), TARGETS.split(batch_size), strict=True)
     for inputs, targets in itertools.cycle(batches):
         optimizer.zero_grad()
-        torch.nn.functional.mse_loss(model(inputs), targets).backward()
-        optimizer.step()
+        loss = torch.nn.functional.mse_loss(model(inputs), targets)
+        loss.backward()
+        if clip is not None:
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.tell(grad_norm=norm)
+        optimizer.step(lambda loss=loss: loss)
         yield optimizer.eval_params(), values(model)
 
 
-def bare_loop(build, epochs):
+def bare_loop(build, epochs, **options):
     """x and y after so many epochs of four steps."""
-    return next(itertools.islice(bare_steps(build), 4 * epochs - 1, None))
+    return next(itertools.islice(bare_steps(build, **options), 4 * epochs - 1, None))
 
 
 def close(left, right):

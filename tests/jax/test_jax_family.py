@@ -1,5 +1,6 @@
 """What the members of the family promise beyond following other implementations."""
 
+import math
 from functools import partial
 
 import jax
@@ -169,6 +170,16 @@ def test_gradients_of_zero_are_waited_out(make, eps):
     assert all(jnp.any(u != 0) for u in jax.tree.leaves(updates))
 
 
+def test_plus_takes_no_step_at_its_floor():
+    tx = sf_jax.schedule_free_plus(loss_floor=lambda count: 1.0 + count)
+    state = tx.init(PARAMS)
+    for value, moves in ((1.5, True), (1.5, False), (3.5, True)):
+        before = state.z
+        _, state = tx.update(PARAMS, state, PARAMS, value=value)
+        moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before, state.z)
+        assert any(jax.tree.leaves(moved)) == moves
+
+
 def test_the_average_begins_after_c_warmup():
     _, x, z = train(sf_jax.schedule_free_plus(c_warmup=4), steps=6)
     for step in range(4):
@@ -325,6 +336,7 @@ BAD_ARGUMENTS = [
     (sf_jax.schedule_free_plus, {"sf_beta1": 1.5}, "sf_beta1.*got 1.5"),
     (sf_jax.schedule_free_plus, {"polyak_beta": 1.0}, "polyak_beta.*got 1.0"),
     (sf_jax.schedule_free_plus, {"c_warmup": -1}, "c_warmup.*got -1"),
+    (sf_jax.schedule_free_plus, {"loss_floor": math.nan}, "loss_floor.*got nan"),
     (
         sf_jax.schedule_free_plus,
         {"sf_beta1_anneal_steps": 9, "sf_beta1_max": 1.0},

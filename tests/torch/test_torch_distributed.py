@@ -1,4 +1,4 @@
-"""Two processes over gloo: DDP, FSDP2, modes across ranks, sharded checkpoints.
+"""Two processes over gloo: how parameters are shared out, modes, checkpoints.
 
 One pair of processes runs all checks, since starting it takes longer than they do; each
 check is a test here that reads its outcome.
@@ -6,6 +6,9 @@ check is a test here that reads its outcome.
 
 import os
 import traceback
+import warnings
+from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch_cases import same
 
@@ -36,6 +39,9 @@ BUILDS = {
     "wrapper": lambda params: sf_torch.ScheduleFreeWrapper(
         torch.optim.RMSprop(params, lr=0.01)
     ),
+    "plus": lambda params, **options: sf_torch.AdamCScheduleFreePlus(
+        params, weight_decay=1.0, polyak_beta=0.5, c_warmup=2, **options
+    ),
 }
 if fused.works_on(torch.device("cpu")):  # in Triton's interpreter
     BUILDS["fused"] = lambda params: sf_torch.AdamWScheduleFree(
@@ -51,15 +57,22 @@ def network():
     )
 
 
-def train(model, optimizer, steps, start=0, rank=None):
-    optimizer.train()
+def train(model, optimizer, steps, start=0, rank=None, clip=None):
+    if hasattr(optimizer, "train"):
+        optimizer.train()
     for seed in range(start, start + steps):
         inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed))
         if rank is not None:
             inputs = inputs.chunk(WORLD)[rank]
         optimizer.zero_grad()
-        model(inputs).square().mean().backward()
-        optimizer.step()
+        loss = model(inputs).square().mean()
+        loss.backward()
+        # Nothing tells ScheduleFree+ of DDP; without it, each keeps to itself.
+        in_ddp = isinstance(model, DistributedDataParallel)
+        value = sf_torch.mean_loss(loss) if in_ddp else loss.detach()
+        if clip is not None:
+            optimizer.tell(grad_norm=clip(model))
+        optimizer.step(lambda value=value: value)
 
 
 def full(tensor):
@@ -74,10 +87,10 @@ def same_kinds(a, b):
     return [type(p) for p in a] == [type(p.data) for p in b]
 
 
-def one_process(name, steps=6):
+def one_process(name, steps=6, clip=None):
     model = network()
     optimizer = BUILDS[name](model.parameters())
-    train(model, optimizer, steps)
+    train(model, optimizer, steps, clip=clip)
     return optimizer.eval_params()
 
 
@@ -261,7 +274,105 @@ def a_rank_in_the_wrong_mode_is_named_on_every_rank(rank, folder):
         sf_torch.check_modes(optimizer)
 
 
+def clipped(model):
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+
+
+def clipped_shards_take_the_step_of_whole_gradients(rank, folder):
+    model, optimizer = sharded("plus")
+    train(model, optimizer, 6, rank=rank, clip=clipped)
+    close(optimizer.eval_params(), one_process("plus", clip=clipped))
+
+
+def sums_go_over_the_parts_of_fsdp1(rank, folder):
+    for originals, clip in ((False, None), (True, None), (False, clipped)):
+        model = FullyShardedDataParallel(
+            network(), use_orig_params=originals, device_id=torch.device("cpu")
+        )
+        with pytest.raises(ValueError, match="Pass process_group="):
+            BUILDS["plus"](model.parameters())
+        optimizer = BUILDS["plus"](model.parameters(), process_group=dist.group.WORLD)
+        own = clip and (lambda model: model.clip_grad_norm_(0.05))
+        train(model, optimizer, 6, rank=rank, clip=own)
+        optimizer.eval()
+        with FullyShardedDataParallel.summon_full_params(model):
+            layers = model.module[0], model.module[2]
+            x = [p.detach().clone() for m in layers for p in (m.weight, m.bias)]
+        close(x, one_process("plus", clip=clip))
+
+
+def sums_go_over_the_partitions_of_zero(rank, folder):
+    # Which imports the deprecated torch.jit of its own package.
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = DistributedDataParallel(network())
+    make = partial(BUILDS["plus"], process_group=dist.group.WORLD)
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), make)
+    optimizer.optim.train()
+    for outer, inner in zip(
+        optimizer.param_groups, optimizer.optim.param_groups, strict=True
+    ):
+        outer["train_mode"] = inner["train_mode"]
+    train(model, optimizer, 6, rank=rank)
+    x = dict(zip(model.parameters(), one_process("plus"), strict=True))
+    own = [p for group in optimizer.optim.param_groups for p in group["params"]]
+    assert 0 < len(own) < len(x)
+    close(optimizer.optim.eval_params(), [x[p] for p in own])
+
+
+def sums_go_over_pipeline_stages(rank, folder):
+    stage = network()[:2] if rank == 0 else network()[2:]
+    optimizer = BUILDS["plus"](stage.parameters(), process_group=dist.group.WORLD)
+    optimizer.train()
+    for seed in range(6):
+        optimizer.zero_grad()
+        loss, slope = torch.zeros(()), torch.empty(8, 5)
+        if rank == 0:
+            generator = torch.Generator().manual_seed(seed)
+            hidden = stage(torch.randn(8, 4, generator=generator))
+            dist.send(hidden.detach(), 1)
+            dist.recv(slope, 1)
+            hidden.backward(slope)
+        else:
+            hidden = torch.empty(8, 5)
+            dist.recv(hidden, 0)
+            loss = stage(hidden.requires_grad_()).square().mean()
+            loss.backward()
+            dist.send(hidden.grad, 0)
+        loss = loss.detach()
+        dist.broadcast(loss, 1)
+        optimizer.step_func(function_value=loss)
+    close(optimizer.eval_params(), one_process("plus")[2 * rank :][:2])
+
+
+def models_without_shards_keep_to_themselves(rank, folder):
+    if rank == 0:  # which would wait for ever for the other
+        alone = one_process("plus", steps=3)
+    model = network()
+    optimizer = BUILDS["plus"](model.parameters())
+    train(model, optimizer, 3, start=100 * rank)
+    if rank == 0:
+        assert same(optimizer.eval_params(), alone)
+
+
+def a_loss_of_one_replica_is_pointed_out(rank, folder):
+    model = network()
+    optimizer = BUILDS["plus"](model.parameters())
+    optimizer.train()
+    loss = model(torch.ones(1, 4)).square().mean()
+    loss.backward()
+    with pytest.warns(UserWarning, match="2 processes.*mean_loss"):
+        optimizer.step_func(function_value=loss)
+    optimizer.step_func(function_value=loss)  # once
+
+
 CHECKS = [
+    clipped_shards_take_the_step_of_whole_gradients,
+    sums_go_over_the_parts_of_fsdp1,
+    sums_go_over_the_partitions_of_zero,
+    sums_go_over_pipeline_stages,
+    models_without_shards_keep_to_themselves,
+    a_loss_of_one_replica_is_pointed_out,
     ddp_trains_to_the_same_x,
     fsdp_trains_to_the_same_x,
     fsdp_switches_modes,
@@ -280,8 +391,13 @@ CHECKS = [
 def process(rank, folder, outcomes):
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=120),
     )
+    warnings.filterwarnings("error", message="there are .* processes")
     for check in CHECKS:
         try:
             check(rank, folder)

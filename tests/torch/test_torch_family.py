@@ -1,6 +1,7 @@
 """What the members of the family promise beyond following other implementations."""
 
 import copy
+import math
 from functools import partial
 
 import pytest
@@ -189,6 +190,27 @@ def test_plus_without_gradients_moves_nothing():
     assert torch.equal(p, before)
 
 
+def test_plus_keeps_its_floor_in_copies_and_a_number_in_state_dicts():
+    (p, other) = parameters()
+    optimizer = sf_torch.AdamCScheduleFreePlus([p], loss_floor=lambda k: 1.0 + k)
+    optimizer.train()
+    optimizer = copy.deepcopy(optimizer)
+    (p,) = optimizer.param_groups[0]["params"]
+    sizes = []
+    for value in (1.5, 1.5, 9.5):
+        p.grad = torch.ones_like(p)
+        optimizer.step_func(function_value=value)
+        sizes.append(optimizer.param_groups[0]["scheduled_lr"])
+        if len(sizes) == 2:  # while the schedule's value is not the first one
+            optimizer.add_param_group({"params": [other]})
+    assert sizes[0] > 0 == sizes[1] < sizes[2]
+    saved = optimizer.state_dict()
+    assert saved["param_groups"][0]["loss_floor"] == 3.0
+    resumed = sf_torch.AdamCScheduleFreePlus([{"params": [q]} for q in (p, other)])
+    resumed.load_state_dict(saved)
+    assert resumed.param_groups[1]["loss_floor"] == 3.0
+
+
 # What Prodigy needs of the wrapper
 
 
@@ -338,6 +360,7 @@ BAD_ARGUMENTS = [
     ("AdamCScheduleFreePlus", {"sf_beta1_max": 1.0}, "sf_beta1_max.*got 1.0"),
     ("AdamCScheduleFreePlus", {"polyak_beta": 1.0}, "polyak_beta.*got 1.0"),
     ("AdamCScheduleFreePlus", {"c_warmup": -1}, "c_warmup.*got -1"),
+    ("AdamCScheduleFreePlus", {"loss_floor": math.inf}, "loss_floor.*got inf"),
     ("GPAAdamW", {"mu_y": 1.1}, "mu_y.*got 1.1"),
     ("GPAAdamW", {"mu_x": -0.1}, "mu_x.*got -0.1"),
     ("GPAAdamW", {"decay_at": "x", "upstream_compatible": True}, "got 'x'"),

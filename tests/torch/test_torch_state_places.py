@@ -259,6 +259,8 @@ def test_state_follows_its_parameter_to_another_device(name, act):
     for p, q in zip(params, here, strict=True):
         p.grad = torch.empty_like(p)
         optimizer.state[p].update(optimizer_here.state[q])
+    for group in optimizer.param_groups:
+        group["k"] = 1
     ACTS[act](optimizer)
     arrays = [
         value

@@ -8,7 +8,7 @@ import sf_jax
 import sf_torch
 from parity_tests import reference
 from parity_tests.registry.optimizer import Optimizer
-from parity_tests.registry.options import Options, function
+from parity_tests.registry.options import Linear, Options, Schedule, function
 from parity_tests.registry.rows import BFLOAT16, DECAY, FLOAT64, Row, cases
 
 
@@ -22,6 +22,7 @@ class PlusOptions(Options):
     b1_anneal_steps: int = 0
     b1_max: float = 0.965
     upstream_compatible: bool = False
+    loss_floor: float | Schedule = 0.0
 
 
 def _reference(o: PlusOptions) -> reference.Seams:
@@ -29,7 +30,12 @@ def _reference(o: PlusOptions) -> reference.Seams:
     return reference.Seams(
         b1,
         reference.PolyakStep(
-            function(o.lr), o.eps, b1, o.polyak_beta, o.upstream_compatible
+            function(o.lr),
+            o.eps,
+            b1,
+            o.polyak_beta,
+            o.upstream_compatible,
+            function(o.loss_floor),
         ),
         reference.AdamC(o.b2, o.eps, o.weight_decay, "y", o.inner_momentum),
         reference.AverageAfter(
@@ -54,6 +60,7 @@ def _jax(o: PlusOptions, store_x: bool) -> Any:
         o.weight_lr_power,
         store_x=store_x,
         upstream_compatible=o.upstream_compatible,
+        loss_floor=o.loss_floor,
     )
 
 
@@ -74,9 +81,10 @@ def _arguments(o: PlusOptions) -> dict[str, Any]:
     }
 
 
-def _torch(groups: list[Any], o: Options, form: str, foreach: bool) -> Any:
+def _torch(groups: list[Any], o: PlusOptions, form: str, foreach: bool) -> Any:
     names = {"": "AdamCScheduleFreePlus", "Reference": "AdamCScheduleFreePlusPaper"}
-    return getattr(sf_torch, names[form])(groups, foreach=foreach)
+    make = getattr(sf_torch, names[form])
+    return make(groups, foreach=foreach, loss_floor=o.loss_floor)
 
 
 OPTIMIZER = Optimizer(
@@ -112,6 +120,8 @@ CASES = cases(
     ("growing", _GROWING, {}),
     ("polyak_beta", {"polyak_beta": 0.9}, {}),
     ("lost_loss", {"polyak_beta": 0.9}, {"losses": {3: nan, 5: inf, 9: -inf}}),
+    ("loss_floor", {"loss_floor": 0.3}, {}),
+    ("floor_schedule", {"loss_floor": Linear(-0.5, 1.5), **DECAY}, {}),
     ("upstream", {"polyak_beta": 0.9, "upstream_compatible": True}, {}),
     ("bfloat16", {**_GROWING, **DECAY, "lr": 0.1}, BFLOAT16),
     ("float64", {**_GROWING, **DECAY}, FLOAT64),
