@@ -2,15 +2,20 @@
 
     python examples/anytime.py [--size small] [--smoke] [--out out/anytime]
 
-A character language model learns the source of Python's standard library. Schedule-
-Free AdamW, ScheduleFree+ and Refined Schedule-Free each train once, and are evaluated
-at x along the way. AdamW with a cosine schedule trains anew for every horizon, since
-its schedule has to know where it ends.
+A character language model learns the source of Python's standard library. The
+Schedule-Free methods each train once, and are evaluated at x along the way. AdamW with
+a cosine schedule trains anew for every horizon, since its schedule has to know where it
+ends.
 
-Every method has the same number of trials (learning rates, or factors on it) and the
-same seeds; a seed gives the initial weights and the order of the data, for all
-methods alike. Trials are chosen on one held-out text and reported on another:
-cosine's for each horizon, the others' once, at the last.
+Each method has the settings that its authors give, and four trials around them; all
+have the same seeds, and a seed gives the initial weights and the order of the data.
+Trials are chosen on one held-out text and reported on another: cosine's for each
+horizon, the others' once, at the last. A trial is a learning rate, and for
+ScheduleFree+ a factor on its own, which is 1 for its authors, and λ.
+
+ScheduleFree+ takes the least possible loss to be 0. The row with a floor is told
+another, which is known before any training: the nats a character to which xz
+compresses the text that is trained on.
 
 Writes anytime.png, anytime.md and anytime.json. Minutes on two cores; ``--size``
 medium and large are meant for a GPU.
@@ -18,11 +23,13 @@ medium and large are meant for a GPU.
 
 import argparse
 import json
+import lzma
+import math
 import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +43,8 @@ import corpus
 import sf_jax
 
 WARMUP_STEPS = 50
+AMUSE_WARMUP_STEPS = 600  # the authors' share of the last of the small size's horizons
+PLUS_TRIALS = ((0.1, 20.0), (0.3, 20.0), (1.0, 20.0), (1.0, 50.0))
 
 
 @dataclass(frozen=True)
@@ -83,15 +92,51 @@ def schedule_free(
     return sf_jax.schedule_free_adamw(lr, WARMUP_STEPS, 0.9, 0.99, **options)
 
 
+@cache
+def entropy_bound() -> float:
+    """Nats a character of the compressed text: what a good model of it needs."""
+    text = corpus.load()[0].tobytes()
+    return len(lzma.compress(text, preset=9)) * 8 * math.log(2) / len(text)
+
+
+def schedule_free_plus(
+    trial: jax.Array, horizon: jax.Array, has_floor: bool = False
+) -> optax.GradientTransformation:
+    """As the docstring of the published code recommends it, warmup included."""
+    lr, weight_decay = trial
+    return sf_jax.schedule_free_plus(
+        lambda count: lr * jnp.minimum((count + 1) / WARMUP_STEPS, 1),
+        weight_decay=weight_decay,
+        r=2.0,
+        c_warmup=WARMUP_STEPS,
+        loss_floor=entropy_bound() if has_floor else 0.0,
+    )
+
+
+def sf_normuon(lr: jax.Array, horizon: jax.Array) -> optax.GradientTransformation:
+    """The settings of arXiv 2605.23061."""
+    return sf_jax.schedule_free_muon(
+        lr, WARMUP_STEPS, momentum=0.8, row_b2=0.95, b2=0.95, weight_decay=0.05
+    )
+
+
+def amuse(lr: jax.Array, horizon: jax.Array) -> optax.GradientTransformation:
+    """The settings of arXiv 2605.22432, whose warmup was 6,000 of 16,000 steps."""
+    warmup = AMUSE_WARMUP_STEPS
+    b1 = sf_jax.growing_b1(0.6, warmup, rho=0.8)
+    return sf_jax.schedule_free_muon(lr, warmup, b1, weight_decay=0.05)
+
+
 # name -> (how to build it from trial and horizon, the trials). Equally many for each.
-METHODS: dict[str, tuple[Callable[..., Any], tuple[float, ...]]] = {
+METHODS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "Schedule-Free AdamW": (schedule_free, (4e-3, 8e-3, 1.6e-2, 3.2e-2)),
-    "ScheduleFree+": (
-        lambda lr, horizon: sf_jax.schedule_free_plus(
-            lr, b2=0.99, c_warmup=WARMUP_STEPS
-        ),
-        (0.025, 0.05, 0.1, 0.2),
+    "ScheduleFree+": (schedule_free_plus, PLUS_TRIALS),
+    "ScheduleFree+, floor": (
+        partial(schedule_free_plus, has_floor=True),
+        PLUS_TRIALS,
     ),
+    "SF-NorMuon": (sf_normuon, (4e-3, 8e-3, 1e-2, 2e-2)),
+    "AMUSE": (amuse, (5e-3, 1e-2, 2e-2, 4e-2)),
     "Refined Schedule-Free": (
         partial(schedule_free, average=sf_jax.refined_average(50.0)),
         (2e-3, 4e-3, 8e-3, 1.6e-2),
@@ -230,17 +275,20 @@ class Run:
 
     method: str
     horizon: int  # what the trial was chosen for, and where it ends
-    trial: float
+    trial: Any
+    valid: list[float | None]  # of each trial at the end, by which it was chosen
     steps: list[int]
     test: list[list[float]]  # (seed, evaluation)
 
 
 def chosen(method: str, horizon: int, found: dict[str, np.ndarray], every: int) -> Run:
-    final = np.nan_to_num(found["valid"][:, :, -1].mean(axis=1), nan=np.inf)
-    best = int(np.argmin(final))
+    final = found["valid"][:, :, -1].mean(axis=1)
+    best = int(np.nanargmin(final))
+    valid = [float(loss) if np.isfinite(loss) else None for loss in final]
     steps = every * np.arange(1, horizon // every + 1)
     trial = METHODS[method][1][best]
-    return Run(method, horizon, trial, steps.tolist(), found["test"][best].tolist())
+    test = found["test"][best].tolist()
+    return Run(method, horizon, trial, valid, steps.tolist(), test)
 
 
 def train_all(size: Size, texts: dict[str, np.ndarray]) -> list[Run]:
@@ -256,12 +304,17 @@ def train_all(size: Size, texts: dict[str, np.ndarray]) -> list[Run]:
 def print_run(run: Run) -> None:
     final = np.array(run.test)[:, -1]
     print(
-        f"{run.method}, {run.horizon} steps: trial {run.trial:g} is best, "
+        f"{run.method}, {run.horizon} steps: trial {short(run.trial)} is best, "
         f"{final.mean():.3f} ± {final.std(ddof=1):.3f}"
     )
 
 
 # What is written
+
+
+def short(trial: Any) -> str:
+    numbers = trial if isinstance(trial, tuple) else (trial,)
+    return " and ".join(f"{number:g}" for number in numbers)
 
 
 def at_horizons(run: Run, horizons: tuple[int, ...]) -> dict[int, np.ndarray]:
@@ -296,7 +349,7 @@ def markdown(rows: list[dict[str, Any]], horizons: tuple[int, ...]) -> str:
     lines = [head, ["---"] * 3 + ["---:"] * len(horizons)]
     for row in rows:
         cells = [f"{row['mean'][h]:.3f} ± {row['spread'][h]:.3f}" for h in horizons]
-        trials = ", ".join(f"{trial:g}" for trial in row["trials"])
+        trials = ", ".join(map(short, row["trials"]))
         lines.append([row["method"], str(row["runs"]), trials, *cells])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
@@ -304,6 +357,9 @@ def markdown(rows: list[dict[str, Any]], horizons: tuple[int, ...]) -> str:
 COLOURS = {
     "Schedule-Free AdamW": "#3b6fd4",
     "ScheduleFree+": "#e2621b",
+    "ScheduleFree+, floor": "#f2a65a",
+    "SF-NorMuon": "#8b4fc9",
+    "AMUSE": "#c2407e",
     "Refined Schedule-Free": "#12897b",
     COSINE: "#6b7280",
 }
@@ -368,6 +424,7 @@ def main() -> None:
         "device": str(jax.devices()[0].device_kind),
         "machine": platform.machine(),
         "seconds": seconds,
+        "entropy_bound": entropy_bound(),
         "trials": {method: trials for method, (_, trials) in METHODS.items()},
         "table": rows,
         "runs": [asdict(run) for run in runs],

@@ -267,6 +267,13 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
             squares = distributed.totals(squares, self.process_group)
         return math.sqrt(squares[0])
 
+    @torch.compiler.disable
+    def _check_mode(self) -> None:
+        super()._check_mode()
+        for group in self.param_groups:
+            # torch.compile turns it on, unasked, where it sees groups on a GPU.
+            group["capturable"] = False
+
     def _measure(self, loss: Any, drafts: list[Group]) -> None:
         told = self._told
         loss = told.get("loss", loss)

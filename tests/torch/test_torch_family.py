@@ -168,6 +168,17 @@ def test_plus_cannot_be_captured():
         sf_torch.AdamCScheduleFreePlus([{"params": [p], "capturable": True}])
 
 
+def test_plus_steps_where_a_compiler_has_turned_capturable_on():
+    (p, _) = parameters()
+    optimizer = sf_torch.AdamCScheduleFreePlus([p])
+    optimizer.train()
+    p.grad = torch.ones_like(p)
+    optimizer.param_groups[0]["capturable"] = True  # as torch.compile does for GPUs
+    optimizer.step_func(function_value=1.0)
+    group = optimizer.param_groups[0]
+    assert (group["k"], group["capturable"]) == (1, False)
+
+
 def test_plus_without_the_loss_changes_nothing():
     (p, _) = parameters()
     before = p.detach().clone()
