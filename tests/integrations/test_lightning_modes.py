@@ -110,10 +110,10 @@ def test_lightning_is_in_the_right_mode_at_every_stage(build, tmp_path):
     assert "save_checkpoint" not in trainer.__dict__
 
 
-def clipped_run(folder, batch_size, **options):
+def clipped_run(folder, batch_size, sampler=None, **options):
     """x after two epochs in which Lightning clips gradients."""
     module = small_module(BUILDS["plus"], network())
-    module.lr, module.batch_size = 0.5, batch_size
+    module.lr, module.batch_size, module.sampler = 0.5, batch_size, sampler
     from sf_torch.lightning import ScheduleFreeCallback
 
     trainer = small_trainer(
@@ -162,6 +162,7 @@ def small_module(build, net, at_step=lambda module: None):
             self.net = net
             self.lr = 0.05
             self.batch_size = 4
+            self.sampler = None
             self.losses = []
             self.evaluated = []
 
@@ -192,7 +193,9 @@ def small_module(build, net, at_step=lambda module: None):
 
         def train_dataloader(self):
             data = torch.utils.data.TensorDataset(INPUTS, TARGETS)
-            return torch.utils.data.DataLoader(data, batch_size=self.batch_size)
+            return torch.utils.data.DataLoader(
+                data, batch_size=self.batch_size, sampler=self.sampler
+            )
 
         val_dataloader = test_dataloader = predict_dataloader = train_dataloader
 
