@@ -268,6 +268,15 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
         return math.sqrt(squares[0])
 
     @torch.compiler.disable
+    def _skips(self) -> bool:
+        skips = super()._skips()
+        if self.process_group is not None:  # whose other processes would wait
+            skips = distributed.totals([float(skips)], self.process_group)[0] > 0
+        if skips:
+            self._told = MappingProxyType({})
+        return skips
+
+    @torch.compiler.disable
     def _check_mode(self) -> None:
         super()._check_mode()
         for group in self.param_groups:
