@@ -2,10 +2,11 @@
 
     python docs/check_site.py out/site
 
-Every link into the site and every anchor must be there, and no page may load anything
-from another host. Where Chromium is installed, it opens each page: nothing may be
-written to its console, pictures and formulas must have a size, and a search must find
-its word. Where it is not, that part is said to be skipped.
+Every link into the site and every anchor must be there, no page may load anything from
+another host, and no formula or reference of a docstring may be left as markup. Where
+Chromium is installed, it opens each page: nothing may be written to its console,
+pictures and formulas must have a size, and a search must find its word. Where it is
+not, that part is said to be skipped.
 """
 
 import contextlib
@@ -34,6 +35,14 @@ _LOOK = """<script>addEventListener("load", () => setTimeout(() => {
 
 
 _WAIT = '<img src="wait.svg" alt=""></body>'
+
+
+# Roles and directives of docstrings, TeX that was not converted, and what the converter
+# does not know: it hands commands and the & of columns on as they are.
+_RAW = re.compile(
+    r":(?:func|class|meth|mod|data|attr|math):|\.\. math::|\\[(\[]"
+    r"|<m[io]>(?:\\\w+|&(?:amp;)?)</m[io]>"
+)
 
 
 class Page(HTMLParser):
@@ -83,6 +92,21 @@ def wrong_links(site: Path) -> list[str]:
                 and unquote(parts.fragment) not in pages[target].anchors | {"__top"}
             ):
                 wrong.append(f"{here} links to {link}, which has no such anchor")
+    return wrong
+
+
+def wrong_formulas(site: Path) -> list[str]:
+    """Markup that has not become a formula or a link, where a reader would see it."""
+    wrong = []
+    for path in site.rglob("*.html"):
+        # Code may hold anything.
+        text = re.sub(r"<(code|script|title).*?</\1>", "", path.read_text(), flags=re.S)
+        for found in _RAW.findall(text):
+            wrong.append(f"{path.relative_to(site)} shows the markup {found}")
+        if path.parent.name == "reference" and path.name != "index.html":
+            formulas = text.count("<math")
+            if formulas < 10:
+                wrong.append(f"{path.relative_to(site)} has {formulas} formulas only")
     return wrong
 
 
@@ -163,7 +187,7 @@ def wrong_in_browser(browser: str, site: Path) -> list[str]:
 
 
 def main(site: Path) -> int:
-    wrong = wrong_links(site)
+    wrong = wrong_links(site) + wrong_formulas(site)
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     if browser:
         wrong += wrong_in_browser(browser, site)

@@ -321,8 +321,11 @@ def schedule_free_adamw(
         ``moment_dtype``, to nearest, v becomes ``R(R(b2 v) + (1 - b2) g g)`` and the
         denominator is ``R(R(sqrt(v)) + eps)``. This is another trajectory than a
         float32 v has.
-      variant: where the bias correction of v stands: "standard" (in the
-        denominator), "paper", "algoperf" or "algoperf_v2" (see the module).
+      variant: where the bias correction :math:`\sqrt{1 - b_2^{k+1}}` stands:
+        "standard" (in the denominator, as above), "paper" (a factor of lr_k, which
+        the averaging weight sees too), "algoperf" or "algoperf_v2" (a factor of the
+        displacement alone). In all but the first the denominator is
+        :math:`\sqrt v + \epsilon`.
       rounding: "nearest", or "stochastic" for bfloat16 arrays, with
         ``state_dtype=jnp.bfloat16``: y (of bfloat16 params), z, x, and the moments
         where ``moment_dtype`` is bfloat16 too. Rounded at random, small steps are not

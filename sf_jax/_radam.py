@@ -130,7 +130,14 @@ def schedule_free_radam(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Schedule-Free RAdam, which needs no warmup.
 
-    With :math:`\rho` the length of the average behind v (see the module),
+    With :math:`t = k + 1` and the length of the average behind v,
+
+    .. math::
+
+        \rho_\infty = \frac{2}{1 - b_2} - 1, \qquad
+        \rho = \rho_\infty - \frac{2 t b_2^t}{1 - b_2^t}
+
+    the step where :math:`\rho > 4` is
 
     .. math::
 

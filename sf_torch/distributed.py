@@ -25,6 +25,7 @@ def check_modes(
 
     Raises:
       RuntimeError: on all ranks, naming those in train mode and those in eval mode.
+      ValueError: this rank is no member of the group.
 
     Examples:
       >>> import torch, sf_torch
@@ -34,6 +35,11 @@ def check_modes(
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
+    if dist.get_rank(group) < 0:
+        raise ValueError(
+            f"rank {dist.get_rank()} is not in the process group. Call check_modes on "
+            "the ranks of the group alone, or leave group out."
+        )
     ranks = dist.get_process_group_ranks(group)
     modes: list[bool] = [False] * len(ranks)
     dist.all_gather_object(modes, optimizer.training, group=group)

@@ -1,6 +1,9 @@
 """The code in the README, and in docs/, runs as it stands."""
 
+import inspect
+import json
 import re
+import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +17,14 @@ import sf_torch
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 BLOCK = re.compile(r"^```(python|diff)\n(.*?)^```$", re.M | re.S)
 
 
 def blocks(language):
     for page in PAGES:
+        if language == "python" and page.parent.name == "tutorials":
+            continue  # whose blocks follow one another; see below
         text = page.read_text()
         for match in BLOCK.finditer(text):
             if match[1] == language:
@@ -46,10 +52,28 @@ def surroundings():
     }
 
 
+# PyTorch's own, when ZeroRedundancyOptimizer is imported.
+@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
 @pytest.mark.parametrize("code", list(blocks("python")))
 def test_python_block_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "<block>", "exec"), {"__name__": "block"})
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_a_tutorial_runs_as_the_notebook_that_the_site_offers(
+    page, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    notebook = runpy.run_path(ROOT / "docs" / "notebooks.py")["notebook"]
+    notebook = json.loads(json.dumps(notebook(page.read_text())))
+    namespace = {"__name__": "__main__"}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile(cell["source"], cell["id"], "exec"), namespace)
+        else:
+            assert "```" not in cell["source"]
+            assert "](../" not in cell["source"]  # leads nowhere from a download
 
 
 @pytest.mark.parametrize("diff", list(blocks("diff")))
@@ -98,6 +122,18 @@ def test_the_reference_has_every_public_name():
         text = (ROOT / "docs" / "reference" / f"{page}.md").read_text()
         named = set(re.findall(rf"^::: {package.__name__}\.(\w+)$", text, re.M))
         assert named == set(package.__all__)
+
+
+def test_the_migration_guide_names_every_argument_that_optax_lacks():
+    text = (ROOT / "docs" / "migrating.md").read_text()
+    for optimizer in (
+        sf_jax.schedule_free,
+        sf_jax.schedule_free_sgd,
+        sf_jax.schedule_free_adamw,
+    ):
+        for name, parameter in inspect.signature(optimizer).parameters.items():
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                assert f"`{name}`" in text, name
 
 
 def test_the_readme_is_short_and_its_quick_starts_are():

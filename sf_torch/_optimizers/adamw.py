@@ -22,12 +22,19 @@ from sf_torch._step.schedule import Group, adam, one_minus_power, where
 
 
 class AdamWScheduleFree(ScheduleFree):
-    """Schedule-Free AdamW.
+    r"""Schedule-Free AdamW.
 
-        v  = b2 v + (1 - b2) |g|²
-        z' = z - lr_k (g / (sqrt(v / (1 - b2^(k+1))) + eps) + λ p)
-        x' = (1 - c_k) x + c_k z'
-        y' = (1 - β) z' + β x'
+    .. math::
+
+        lr_k &= lr \cdot \min(1, (k+1) / warmup\_steps) \\
+        v &= b_2 v + (1 - b_2) |g|^2 \\
+        z' &= z - lr_k \left( \frac{g}{\sqrt{v / (1 - b_2^{k+1})} + \epsilon}
+              + \lambda p \right) \\
+        x' &= (1 - c_k) x + c_k z' \\
+        y' &= (1 - \beta) z' + \beta x'
+
+    with p the iterate that ``decay_at`` names. With ``inner_momentum`` b, g in z' is
+    :math:`m / (1 - b^{k+1})`, where :math:`m = b m + (1 - b) g`.
 
     Args:
       params: parameters or groups of them, as for any torch optimizer.
@@ -163,10 +170,12 @@ class AdamWScheduleFree(ScheduleFree):
 
 
 class AdamWScheduleFreePaper(AdamWScheduleFree):
-    """Schedule-Free AdamW with the bias correction in the step size.
+    r"""Schedule-Free AdamW with the bias correction in the step size.
 
-        lr_k = lr · min(1, (k+1) / warmup_steps) · sqrt(1 - b2^(k+1))
-        z'   = z - lr_k (g / (sqrt(v) + eps) + λ p)
+    .. math::
+
+        lr_k &= lr \cdot \min(1, (k+1) / warmup\_steps) \, \sqrt{1 - b_2^{k+1}} \\
+        z' &= z - lr_k \left( \frac{g}{\sqrt v + \epsilon} + \lambda p \right)
 
     The averaging weight sees this lr_k too. Arguments and errors are those of
     :class:`AdamWScheduleFree`.
@@ -216,10 +225,13 @@ class AdamWScheduleFreePaper(AdamWScheduleFree):
 
 
 class AdamWScheduleFreeAlgoPerf(AdamWScheduleFree):
-    """Schedule-Free AdamW as it won the self-tuning track of AlgoPerf.
+    r"""Schedule-Free AdamW as it won the self-tuning track of AlgoPerf.
 
-        lr_k = max(eps, lr · min(1, (k+1) / warmup_steps))
-        z'   = z - lr_k sqrt(1 - b2^(k+1)) (g / (sqrt(v) + eps) + λ x)
+    .. math::
+
+        lr_k &= \max(\epsilon, lr \cdot \min(1, (k+1) / warmup\_steps)) \\
+        z' &= z - lr_k \sqrt{1 - b_2^{k+1}}
+              \left( \frac{g}{\sqrt v + \epsilon} + \lambda x \right)
 
     The averaging weight sees lr_k alone. The entry had r = 0.75, b2 = 0.9955 and a
     warmup of 2% of 0.75 of the step hint. Arguments and errors are those of

@@ -30,11 +30,13 @@ from sf_torch._step.schedule import Group
 
 
 class GPAAdamW(AdamWScheduleFree):
-    """AdamW with Generalized Primal Averaging.
+    r"""AdamW with Generalized Primal Averaging.
 
-        z' = (1 - lr_k λ) z - lr_k m̂ / (sqrt(v̂) + eps)
-        x' = μ_x x + (1 - μ_x) z'
-        y' = μ_y x' + (1 - μ_y) z'
+    .. math::
+
+        z' &= (1 - lr_k \lambda) z - lr_k \frac{\hat m}{\sqrt{\hat v} + \epsilon} \\
+        x' &= \mu_x x + (1 - \mu_x) z' \\
+        y' &= \mu_y x' + (1 - \mu_y) z'
 
     Args:
       params: parameters or groups of them, as for any torch optimizer.

@@ -24,6 +24,15 @@ from sf_torch.bases import CombinedOptimizer, Muon
 class MuonScheduleFree(ScheduleFreeWrapper):
     r"""Schedule-Free Muon; parameters that are not matrices move by AdamW.
 
+    .. math::
+
+        z' &= z - lr_k (s \, O(m) + \lambda z) \\
+        x' &= (1 - c_k) x + c_k z' \\
+        y' &= (1 - \beta) z' + \beta x'
+
+    with O(m) the momentum m of the gradients at y, orthogonalised, and s a factor for
+    the matrix's shape (``adjust_lr_fn``).
+
     It is ``sf_jax.schedule_free_muon``, and a :class:`ScheduleFreeWrapper` over
     :class:`sf_torch.bases.Muon` and ``torch.optim.AdamW``.
 

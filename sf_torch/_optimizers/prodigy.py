@@ -20,6 +20,13 @@ from sf_torch._step.numbers import EPS_FLOOR
 class ProdigyScheduleFree(ScheduleFreeWrapper):
     r"""Schedule-Free Prodigy, over ``prodigyopt.Prodigy``.
 
+    .. math::
+
+        z' &= z + u_{Prodigy}(g, z) \\
+        w_k &= (k+1)^r \max_{i \le k} (lr_i d_{i+1})^2
+
+    with :math:`w_k` the weight of :math:`z'` in the average x.
+
     It is ``sf_jax.schedule_free_prodigy``, and a :class:`ScheduleFreeWrapper`. It needs
     the package ``prodigyopt``.
 

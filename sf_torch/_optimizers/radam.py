@@ -18,14 +18,24 @@ from sf_torch._step.schedule import Group, adam, number, rectification, where
 
 
 class RAdamScheduleFree(ScheduleFree):
-    """Schedule-Free RAdam, which needs no warmup.
+    r"""Schedule-Free RAdam, which needs no warmup.
 
-    With t = k + 1, ρ∞ = 2 / (1 - b2) - 1, ρ = ρ∞ - 2 t b2^t / (1 - b2^t), where ρ > 4
+    With :math:`t = k + 1` and
 
-        lr_k = lr sqrt((ρ - 4) (ρ - 2) ρ∞ / ((ρ∞ - 4) (ρ∞ - 2) ρ))
+    .. math::
 
-    and the direction is Adam's. In the first steps, where ρ <= 4, lr_k is 0
-    (``silent_sgd_phase``), or lr with the plain gradient.
+        \rho_\infty = \frac{2}{1 - b_2} - 1, \qquad
+        \rho = \rho_\infty - \frac{2 t b_2^t}{1 - b_2^t}
+
+    the step size where :math:`\rho > 4` is
+
+    .. math::
+
+        lr_k = lr \sqrt{\frac{(\rho - 4) (\rho - 2) \rho_\infty}
+                             {(\rho_\infty - 4) (\rho_\infty - 2) \rho}}
+
+    and the direction is Adam's. In the first steps, where :math:`\rho \le 4`, lr_k is
+    0 (``silent_sgd_phase``), or lr with the plain gradient.
 
     Args:
       params: parameters or groups of them, as for any torch optimizer.

@@ -42,7 +42,11 @@ class SGDScheduleFreeRefined(Refined, SGDScheduleFree):
 
 
 class AdamWScheduleFreeRefined(Refined, AdamWScheduleFree):
-    """:class:`AdamWScheduleFree` with ``refined_c``, the decoupling constant C.
+    r""":class:`AdamWScheduleFree` with ``refined_c``, the decoupling constant C.
+
+    .. math::
+
+        c_k = \min(1, (1 - \beta) \, C \, w_k / W_k)
 
     Examples:
       >>> import torch, sf_torch

@@ -16,11 +16,16 @@ from sf_torch._step.schedule import Group
 
 
 class SGDScheduleFree(ScheduleFree):
-    """Schedule-Free SGD.
+    r"""Schedule-Free SGD.
 
-        z' = z - lr_k (g + λ p)
-        x' = (1 - c_k) x + c_k z'
-        y' = (1 - β) z' + β x'
+    .. math::
+
+        lr_k &= lr \cdot \min(1, (k+1) / warmup\_steps) \\
+        z' &= z - lr_k (g + \lambda p) \\
+        x' &= (1 - c_k) x + c_k z' \\
+        y' &= (1 - \beta) z' + \beta x'
+
+    with p the iterate that ``decay_at`` names.
 
     Args:
       params: parameters or groups of them, as for any torch optimizer.

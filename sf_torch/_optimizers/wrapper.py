@@ -27,7 +27,16 @@ from sf_torch._step.schedule import Group, warmed_up
 
 
 class ScheduleFreeWrapper(ScheduleFree):
-    """Schedule-Free over any optimizer of ``torch.optim``.
+    r"""Schedule-Free over any optimizer of ``torch.optim``.
+
+    .. math::
+
+        z' &= B(z - lr_k \lambda y) \\
+        x' &= (1 - c_k) x + c_k z' \\
+        y' &= (1 - \beta) z' + \beta x'
+
+    with B the base optimizer's step, from the gradients at y, and :math:`\lambda` the
+    ``weight_decay_at_y``.
 
     Args:
       base: the optimizer that moves z, built over the model's parameters. It should

@@ -42,7 +42,15 @@ SCALES: dict[str | None, Callable[[int, int], float]] = {
 
 
 class Muon(torch.optim.Optimizer):
-    """``torch.optim.Muon`` with a choice of precision, and NorMuon.
+    r"""``torch.optim.Muon`` with a choice of precision, and NorMuon.
+
+    .. math::
+
+        m' &= \mu m + (1 - \mu) g \\
+        p' &= (1 - lr \, \lambda) p - lr \, s \, O(m')
+
+    with O Newton-Schulz's iteration; under ``nesterov`` it is taken of
+    :math:`\mu m' + (1 - \mu) g`.
 
     Args:
       params: matrices or groups of them, as for any torch optimizer.

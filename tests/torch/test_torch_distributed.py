@@ -1,14 +1,17 @@
-"""Two processes over gloo: how parameters are shared out, modes, checkpoints.
+"""Processes over gloo: wrappers and meshes, modes across ranks, sharded checkpoints.
 
-One pair of processes runs all checks, since starting it takes longer than they do; each
-check is a test here that reads its outcome.
+docs/sharding.md has a row for each wrapper here. One pair of processes runs all checks
+that need two, and four processes those on meshes of two axes, since starting them takes
+longer than the checks do. Each check is a test that reads its outcome.
 """
 
 import os
+import re
 import traceback
 import warnings
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +22,14 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch_cases import same
 
@@ -27,6 +37,7 @@ import sf_torch
 from sf_torch._step import fused
 
 WORLD = 2
+EVEN = 6  # rows of a layer that tensor parallelism can split
 pytestmark = pytest.mark.xdist_group("torch-distributed")
 
 BUILDS = {
@@ -49,21 +60,30 @@ if fused.works_on(torch.device("cpu")):  # in Triton's interpreter
     )
 
 
-def network():
+# ScheduleFree+, whose sums go over all parameters, has checks of its own.
+PLAIN = [name for name in BUILDS if name != "plus"]
+
+
+def network(hidden=5):
     torch.manual_seed(0)
     # Rows that two processes cannot share evenly: 5 and 3.
     return torch.nn.Sequential(
-        torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)
+        torch.nn.Linear(4, hidden), torch.nn.Tanh(), torch.nn.Linear(hidden, 3)
     )
 
 
+def batch(seed):
+    return torch.randn(8, 4, generator=torch.Generator().manual_seed(seed))
+
+
 def train(model, optimizer, steps, start=0, rank=None, clip=None):
+    """Of each batch every rank takes its part; all of it where there is no rank."""
     if hasattr(optimizer, "train"):
         optimizer.train()
     for seed in range(start, start + steps):
-        inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed))
+        inputs = batch(seed)
         if rank is not None:
-            inputs = inputs.chunk(WORLD)[rank]
+            inputs = inputs.chunk(dist.get_world_size())[rank]
         optimizer.zero_grad()
         loss = model(inputs).square().mean()
         loss.backward()
@@ -87,8 +107,8 @@ def same_kinds(a, b):
     return [type(p) for p in a] == [type(p.data) for p in b]
 
 
-def one_process(name, steps=6, clip=None):
-    model = network()
+def one_process(name, steps=6, hidden=5, clip=None):
+    model = network(hidden)
     optimizer = BUILDS[name](model.parameters())
     train(model, optimizer, steps, clip=clip)
     return optimizer.eval_params()
@@ -110,9 +130,9 @@ def ddp_trains_to_the_same_x(rank, folder):
         close(optimizer.eval_params(), one_process(name))
 
 
-def sharded(name):
+def sharded(name, mesh=None):
     model = network()
-    fully_shard(model)
+    fully_shard(model, mesh=mesh)
     return model, BUILDS[name](model.parameters())
 
 
@@ -178,20 +198,21 @@ def state_is_sharded(rank, folder):
             assert value.to_local().shape == p.to_local().shape
 
 
-def checkpoint_of(model, optimizer):
-    model_state, optimizer_state = get_state_dict(model, optimizer)
+def checkpoint_of(model, optimizer, options=None):
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=options)
     return {"model": model_state, "optimizer": optimizer_state}
 
 
-def restore(path, model, optimizer):
+def restore(path, model, optimizer, options=None):
     optimizer.train()
-    state = checkpoint_of(model, optimizer)
+    state = checkpoint_of(model, optimizer, options)
     dcp.load(state, checkpoint_id=path)
     set_state_dict(
         model,
         optimizer,
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],
+        options=options,
     )
 
 
@@ -366,6 +387,143 @@ def a_loss_of_one_replica_is_pointed_out(rank, folder):
     optimizer.step_func(function_value=loss)  # once
 
 
+def fsdp1_trains_to_the_same_x_and_switches_modes(rank, folder):
+    for name in ("sgd", "adamw", "stored", "reference", "wrapper"):
+        model = FullyShardedDataParallel(
+            network(), device_id=torch.device("cpu"), use_orig_params=True
+        )
+        optimizer = BUILDS[name](model.parameters())
+        train(model, optimizer, 6, rank=rank)
+        with optimizer.eval_mode(), FullyShardedDataParallel.summon_full_params(model):
+            close([p.detach() for p in model.parameters()], one_process(name))
+
+
+def tensor_parallel_trains_to_the_same_x(rank, folder):
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for name in PLAIN:
+        model = parallel(mesh)
+        optimizer = BUILDS[name](model.parameters())
+        train(model, optimizer, 6)
+        close(optimizer.eval_params(), one_process(name, hidden=EVEN))
+        with optimizer.eval_mode():
+            close(whole(model.parameters()), one_process(name, hidden=EVEN))
+
+
+def parallel(mesh):
+    """The network, its first layer split by rows and its last by columns."""
+    return parallelize_module(
+        network(EVEN), mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    )
+
+
+def pipeline_stages_train_to_the_same_x(rank, folder):
+    for name in PLAIN:
+        layers = network()
+        mine = torch.nn.Sequential(*(layers[:2], layers[2:])[rank])
+        stage = PipelineStage(mine, rank, WORLD, torch.device("cpu"))
+        schedule = ScheduleGPipe(stage, 2, lambda out, _: out.square().mean())
+        optimizer = BUILDS[name](mine.parameters())
+        optimizer.train()
+        for seed in range(6):
+            optimizer.zero_grad()
+            if rank == 0:
+                schedule.step(batch(seed))
+            else:
+                schedule.step(target=torch.zeros(8))
+            optimizer.step()
+        expected = one_process(name)
+        close(optimizer.eval_params(), (expected[:2], expected[2:])[rank])
+
+
+def flattened_checkpoints_resume(rank, folder):
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    for name in ("adamw", "reference", "wrapper"):
+        path = os.path.join(folder, f"flat-{name}")
+        model, optimizer = sharded(name)
+        train(model, optimizer, 4, rank=rank)
+        dcp.save(checkpoint_of(model, optimizer, options), checkpoint_id=path)
+        resumed = sharded(name)
+        restore(path, *resumed, options)
+        for m, o in ((model, optimizer), resumed):
+            train(m, o, 3, start=4, rank=rank)
+        for a, b in zip(model.parameters(), resumed[0].parameters(), strict=True):
+            assert torch.equal(a.to_local(), b.to_local())
+
+
+def modes_in_a_group_of_others_are_refused(rank, folder):
+    group = dist.new_group([0])
+    _, optimizer = sharded("sgd")
+    if rank == 0:
+        sf_torch.check_modes(optimizer, group)
+        return
+    with pytest.raises(ValueError, match="rank 1 is not in the process group"):
+        sf_torch.check_modes(optimizer, group)
+
+
+def zero_redundancy_optimizers_switch_as_documented(rank, folder):
+    namespace = {}
+    exec(documented("ZeroRedundancyOptimizer"), namespace)
+    for kind, options in (
+        (sf_torch.SGDScheduleFree, {"lr": 0.1}),
+        (sf_torch.AdamWScheduleFree, {"lr": 0.05, "weight_decay": 0.1}),
+        (sf_torch.RAdamScheduleFree, {"lr": 0.05}),
+    ):
+        model = DistributedDataParallel(network())
+        optimizer = namespace["Zero"](model.parameters(), kind, **options)
+        train(model, optimizer, 6, rank=rank)
+        y = [p.detach().clone() for p in model.parameters()]
+        alone = network()
+        expected = kind(alone.parameters(), **options)
+        train(alone, expected, 6)
+        optimizer.eval()
+        close([p.detach() for p in model.parameters()], expected.eval_params())
+        with pytest.raises(RuntimeError, match="needs train mode"):
+            optimizer.step()
+        optimizer.train()
+        assert same([p.detach() for p in model.parameters()], y)
+        train(model, optimizer, 2, start=6, rank=rank)
+        train(alone, expected, 2, start=6)
+        close([p.detach() for p in model.parameters()], list(alone.parameters()))
+
+
+def hsdp_trains_to_the_same_x_and_resumes(rank, folder):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    for name in PLAIN:
+        path = os.path.join(folder, f"hsdp-{name}")
+        model, optimizer = sharded(name, mesh)
+        train(model, optimizer, 4, rank=rank)
+        dcp.save(checkpoint_of(model, optimizer), checkpoint_id=path)
+        resumed = sharded(name, mesh)
+        restore(path, *resumed)
+        train(*resumed, 3, start=4, rank=rank)
+        close(resumed[1].eval_params(), one_process(name, steps=7))
+
+
+def tensor_parallel_under_fsdp_trains_to_the_same_x(rank, folder):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    for name in PLAIN:
+        model = parallel(mesh["tensor"])
+        fully_shard(model, mesh=mesh["data"])
+        optimizer = BUILDS[name](model.parameters())
+        optimizer.train()
+        for seed in range(6):
+            optimizer.zero_grad()
+            inputs = batch(seed).chunk(2)[mesh.get_local_rank("data")]
+            model(inputs).square().mean().backward()
+            optimizer.step()
+        close(optimizer.eval_params(), one_process(name, hidden=EVEN))
+        with optimizer.eval_mode():
+            close(whole(model.parameters()), one_process(name, hidden=EVEN))
+
+
+def documented(name):
+    """The block of code about it in the documentation."""
+    page = Path(__file__).parents[2] / "docs" / "howto" / "ddp-fsdp.md"
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S)
+    (block,) = [block for block in blocks if name in block]
+    return block
+
+
 CHECKS = [
     clipped_shards_take_the_step_of_whole_gradients,
     sums_go_over_the_parts_of_fsdp1,
@@ -385,20 +543,30 @@ CHECKS = [
     processes_that_write_one_file_do_not_mix,
     modes_agree,
     a_rank_in_the_wrong_mode_is_named_on_every_rank,
+    modes_in_a_group_of_others_are_refused,
+    flattened_checkpoints_resume,
+    fsdp1_trains_to_the_same_x_and_switches_modes,
+    tensor_parallel_trains_to_the_same_x,
+    pipeline_stages_train_to_the_same_x,
+    zero_redundancy_optimizers_switch_as_documented,
+]
+ON_TWO_AXES = [
+    hsdp_trains_to_the_same_x_and_resumes,
+    tensor_parallel_under_fsdp_trains_to_the_same_x,
 ]
 
 
-def process(rank, folder, outcomes):
+def process(rank, checks, world, folder, outcomes):
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
         rank=rank,
-        world_size=WORLD,
+        world_size=world,
         timeout=timedelta(seconds=120),
     )
     warnings.filterwarnings("error", message="there are .* processes")
-    for check in CHECKS:
+    for check in checks:
         try:
             check(rank, folder)
             outcomes.put((check.__name__, rank, None))
@@ -410,11 +578,22 @@ def process(rank, folder, outcomes):
 
 @pytest.fixture(scope="module")
 def group(tmp_path_factory):
-    """The folder that the processes left, and what became of each check."""
+    """The folder that two processes left, and what became of each check."""
+    return outcomes_of(CHECKS, WORLD, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    return outcomes_of(ON_TWO_AXES, 4, tmp_path_factory)
+
+
+def outcomes_of(checks, world, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("distributed"))
     context = torch.multiprocessing.get_context("spawn")
     outcomes = context.SimpleQueue()
-    torch.multiprocessing.spawn(process, args=(folder, outcomes), nprocs=WORLD)
+    torch.multiprocessing.spawn(
+        process, args=(checks, world, folder, outcomes), nprocs=world
+    )
     results = {}
     while not outcomes.empty():
         name, rank, error = outcomes.get()
@@ -426,6 +605,14 @@ def group(tmp_path_factory):
 @pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
 def test_in_two_processes(group, check, rank):
     error = group[1][check, rank]
+    assert error is None, f"in process {rank}:\n{error}"
+
+
+@pytest.mark.slow  # four processes
+@pytest.mark.parametrize("rank", range(4))
+@pytest.mark.parametrize("check", [check.__name__ for check in ON_TWO_AXES])
+def test_in_four_processes(four, check, rank):
+    error = four[1][check, rank]
     assert error is None, f"in process {rank}:\n{error}"
 
 
