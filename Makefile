@@ -16,7 +16,7 @@ CONTRACT = tests/jax/test_jax_contract.py tests/jax/test_jax_eval.py \
   tests/torch/test_torch_contract.py tests/torch/test_record.py \
   parity_tests/test_replay.py
 
-.PHONY: demo test test-slow oldest newest tpu gpu gpu-slow gpu-day lint format parity \
+.PHONY: demo test test-slow oldest newest tpu gpu gpu-slow gpu-day types lint format parity \
   bench docs package clean help
 .DEFAULT_GOAL := help
 
@@ -78,6 +78,10 @@ package: .venv-package/bin/python  ## the wheel and the source archive in dist/,
 	.venv-package/bin/python -m build --outdir dist .
 	.venv-package/bin/python -m twine check --strict dist/*
 	$(PYTHON) .ci/wheel_alone.py dist/*.whl
+
+types: $(STAMP) .venv-types/bin/python  ## pyright on a user's program; mypy is in test-slow
+	.venv-types/bin/python -m pip install --quiet --constraint constraints.txt 'pyright[nodejs]'
+	.venv-types/bin/pyright --pythonpath $(BIN)/python tests/user_program.py
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -33,9 +33,7 @@ from sf_jax._normuon import matrices, normuon
 from sf_jax._schedule_free import schedule_free
 
 
-def growing_b1(
-    b1: float = 0.9, steps: int = 1000, rho: float = 0.5
-) -> Callable[[jax.Array], jax.Array]:
+def growing_b1(b1: float = 0.9, steps: int = 1000, rho: float = 0.5) -> optax.Schedule:
     r"""A β that grows towards 1: gradients near z at first, near x later on.
 
     .. math::
@@ -73,7 +71,7 @@ def growing_b1(
             f"steps must be at least 2, got {steps}. β begins to grow after them."
         )
 
-    def beta(count: jax.Array) -> jax.Array:
+    def beta(count: jax.typing.ArrayLike) -> jax.Array:
         # The y that step k forms is where gradient t = k + 2 is taken.
         ratio = (steps - 1) / _averaging.steps_taken(count)
         return 1 - _averaging.complement(b1) * jnp.minimum(ratio, 1) ** rho
