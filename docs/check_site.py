@@ -40,7 +40,7 @@ _WAIT = '<img src="wait.svg" alt=""></body>'
 # Roles and directives of docstrings, TeX that was not converted, and what the converter
 # does not know: it hands commands and the & of columns on as they are.
 _RAW = re.compile(
-    r":(?:func|class|meth|mod|data|attr|math):|\.\. math::|\\[(\[]"
+    r":(?:func|class|meth|mod|data|attr|math):|\.\. math::|::\s*</p>|\\[(\[]"
     r"|<m[io]>(?:\\\w+|&(?:amp;)?)</m[io]>"
 )
 

@@ -239,12 +239,15 @@ class AdamWScheduleFreeAlgoPerf(AdamWScheduleFree):
 
     The entry kept v in bfloat16, as ``moment_dtype=torch.bfloat16`` does here, and
     moved it by PyTorch's in-place operations, each of which computes in float32 and
-    rounds what it stores. With R for rounding to ``moment_dtype``, to nearest, ::
+    rounds what it stores. With R for rounding to ``moment_dtype``, to nearest,
 
-        v = R(R(b2 v) + (1 - b2) g g),  denominator R(R(sqrt(v)) + eps)
+    .. math::
 
-    This is another trajectory than a float32 v has. Only the plain formula takes it, on
-    GPUs too: one parameter at a time, and not compiled.
+        v = R(R(b_2 v) + (1 - b_2) g^2)
+
+    and the denominator is :math:`R(R(\sqrt v) + \epsilon)`. This is another trajectory
+    than a float32 v has. Only the plain formula takes it, on GPUs too: one parameter at
+    a time, and not compiled.
 
     Examples:
       >>> import torch, sf_torch
@@ -279,10 +282,13 @@ class AdamWScheduleFreeAlgoPerf(AdamWScheduleFree):
 
 
 class AdamWScheduleFreeAlgoPerfV2(AdamWScheduleFreeAlgoPerf):
-    """Schedule-Free AdamW as its authors handed it in to AlgoPerf again.
+    r"""Schedule-Free AdamW as its authors handed it in to AlgoPerf again.
 
-        lr_k = max(eps, lr · min(1, (k+1) / warmup_steps))
-        z'   = z - lr_k sqrt(1 - b2^(k+1)) (g / (sqrt(v) + eps) + λ y)
+    .. math::
+
+        lr_k &= \max(\epsilon, lr \cdot \min(1, (k+1) / warmup\_steps)) \\
+        z' &= z - lr_k \sqrt{1 - b_2^{k+1}}
+              \left( \frac{g}{\sqrt v + \epsilon} + \lambda y \right)
 
     The rule of :class:`AdamWScheduleFreeAlgoPerf` with the decay at y. The entry had
     r = 0, a float32 v, and took BatchNorm statistics at x. Arguments and errors are
