@@ -52,6 +52,8 @@ def read(path: str | os.PathLike[str]) -> Any:
         _check_sums(path, file)
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
+        except (OSError, MemoryError, torch.OutOfMemoryError):
+            raise  # nothing that the file says
         except Exception as error:  # as many kinds as there are objects
             raise ValueError(
                 f"{path} holds code or objects, which are never run. Load a file that "

@@ -134,10 +134,10 @@ class Iterates(torch.optim.Optimizer):
     def _refuse_spoiled(self) -> None:
         if self._spoiled is not None:
             raise RuntimeError(
-                "a step or a switch of modes failed half-way, so that some arrays have "
-                f"moved and others have not. It was {self._spoiled}. Bring the run "
-                "back: load_checkpoint, or load_state_dict of both the model and this "
-                "optimizer, with what was saved before."
+                "a step, a switch of modes or a load failed half-way, so that some "
+                f"arrays have moved and others have not. It was {self._spoiled}. Bring "
+                "the run back: load_checkpoint, or load_state_dict of both the model "
+                "and this optimizer, with what was saved before."
             )
 
     @torch.no_grad()
@@ -344,7 +344,15 @@ class Iterates(torch.optim.Optimizer):
             refuse, moments that are missing or left over. All of it is in one message,
             and nothing has changed then.
         """
+        self._check_fits(state_dict)
+        with self._moving():
+            self._load(state_dict)
+
+    def _check_fits(self, state_dict: Mapping[str, Any]) -> None:
         _loaded.check_fits(self, state_dict)
+
+    def _load(self, state_dict: Mapping[str, Any]) -> None:
+        """Loads what has been checked."""
         # A package without modes in its groups says nothing against the present one.
         groups = [
             {"train_mode": self.training, **g} for g in state_dict["param_groups"]
@@ -352,7 +360,6 @@ class Iterates(torch.optim.Optimizer):
         super().load_state_dict({**state_dict, "param_groups": groups})
         _loaded.restore_dtypes(self, state_dict)
         _loaded.place(self.param_groups, self.state, strict=False)
-        self._spoiled = None
 
     # The model may be loaded after the optimizer. What the parameters hold is therefore
     # looked at only when it first matters.

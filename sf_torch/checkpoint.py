@@ -100,13 +100,14 @@ def load_checkpoint(
     content = _read(path)
     _check_shapes(path, content["model"], model)
     saved = content["optimizer"]
-    _loaded.check_structure(optimizer, saved)
+    optimizer._check_fits(saved)
     # The file is that of eval mode: the model at x, and y aside.
     at_x = [{**group, "train_mode": False} for group in saved["param_groups"]]
-    optimizer.load_state_dict({**saved, "param_groups": at_x})
-    model.load_state_dict(content["model"])
-    if content["optimizer_training"]:
-        _resume(optimizer)
+    with optimizer._moving():
+        optimizer.load_state_dict({**saved, "param_groups": at_x})
+        model.load_state_dict(content["model"])
+        if content["optimizer_training"]:
+            _resume(optimizer)
     model.train(content["training"])
     return content["extra"]
 

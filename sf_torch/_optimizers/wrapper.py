@@ -314,17 +314,18 @@ class ScheduleFreeWrapper(ScheduleFree):
           ValueError: as of every optimizer here, or options of another base; nothing
             has changed then. Of the base's own state nothing is looked at.
         """
+        super().load_state_dict(state_dict)
+
+    def _check_fits(self, state_dict: Mapping[str, Any]) -> None:
         _loaded.check_structure(self, state_dict)
-        ours: dict[int, Any] = {}
-        bases: dict[int, Any] = {}
-        for index, state in state_dict["state"].items():
-            ours[index] = {key: state[key] for key in ITERATES if key in state}
-            bases[index] = {k: state[k] for k in state if k not in ITERATES}
-        super().load_state_dict({**state_dict, "state": ours})
+        super()._check_fits(_of_keys(state_dict, lambda key: key in ITERATES))
+
+    def _load(self, state_dict: Mapping[str, Any]) -> None:
+        super()._load(_of_keys(state_dict, lambda key: key in ITERATES))
         groups, iterates = self.param_groups, self.state
-        bases = {index: state for index, state in bases.items() if state}
-        self.base.load_state_dict({**state_dict, "state": bases})
-        _loaded.restore_dtypes(self.base, {**state_dict, "state": bases})
+        of_base = _of_keys(state_dict, lambda key: key not in ITERATES)
+        self.base.load_state_dict(of_base)
+        _loaded.restore_dtypes(self.base, of_base)
         for shared, group in zip(self.base.param_groups, groups, strict=True):
             shared.update({k: group[k] for k in group if k != "params"})
         for p, state in iterates.items():
@@ -352,6 +353,18 @@ class ScheduleFreeWrapperReference(Reference, ScheduleFreeWrapper):
         super().__init__(
             base, weight_decay_at_y, momentum, weight_lr_power, r, **options
         )
+
+
+def _of_keys(
+    state_dict: Mapping[str, Any], belongs: Callable[[str], bool]
+) -> dict[str, Any]:
+    """The state dict with these keys alone in the states of its parameters."""
+    parts = {
+        index: {key: value for key, value in state.items() if belongs(key)}
+        for index, state in state_dict["state"].items()
+    }
+    # Many bases make their state where a parameter has none at all.
+    return {**state_dict, "state": {i: part for i, part in parts.items() if part}}
 
 
 def _held(p: Tensor) -> Tensor:

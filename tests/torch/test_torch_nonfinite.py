@@ -63,9 +63,13 @@ def test_without_it_one_broken_gradient_is_enough(name):
 
 @needs_triton
 @pytest.mark.parametrize(
-    "name", ["SGDScheduleFree", "AdamWScheduleFree/momentum", "RAdamScheduleFree"]
+    ("name", "missing"),
+    [
+        ("SGDScheduleFree", None),
+        ("AdamWScheduleFree/momentum", 2),
+        ("RAdamScheduleFree", 3),
+    ],
 )
-@pytest.mark.parametrize("missing", [None, 2, 3])
 def test_on_the_device_too(name, missing):
     """With a parameter that has no gradient in a step, broken or not."""
     options = {"capturable": True, "skip_nonfinite": True, "missing": missing}
