@@ -47,6 +47,8 @@ def gpa_adamw(
     store_x: bool = False,
     moment_dtype: jax.typing.DTypeLike | None = None,
     upstream_compatible: bool = False,
+    rounding: str = "nearest",
+    seed: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW with Generalized Primal Averaging.
 
@@ -77,12 +79,18 @@ def gpa_adamw(
         mean stands still: what a step adds is rounded away.
       upstream_compatible: decay as the published code does, which moves x too (see
         the module).
+      rounding: "nearest", or "stochastic" for bfloat16 arrays, with
+        ``state_dtype=jnp.bfloat16``, and ``seed``: as in
+        :func:`~sf_jax.schedule_free_adamw`.
+      seed: from 0 to 2^32 - 1, of the random bits.
 
     Returns:
       An optax transformation whose state is a ``ScheduleFreeState``.
 
     Raises:
-      ValueError: an argument out of its range, an unknown ``decay_at``.
+      ValueError: an argument out of its range, an unknown ``decay_at``, or
+        ``rounding="stochastic"`` with another ``state_dtype`` than bfloat16 or with
+        ``upstream_compatible``.
       TypeError: ``warmup_steps`` that is not a whole number.
 
     Examples:
@@ -101,6 +109,11 @@ def gpa_adamw(
         LLMs*, https://arxiv.org/abs/2512.17131
     """
     _checks.interpolation("mu_y", mu_y)
+    if upstream_compatible and rounding == "stochastic":
+        raise ValueError(
+            'upstream_compatible does not go with rounding="stochastic": its decay '
+            "rounds to nearest, and is lost. Leave upstream_compatible out."
+        )
     tx = schedule_free_adamw(
         learning_rate,
         warmup_steps,
@@ -115,6 +128,8 @@ def gpa_adamw(
         average=_averaging.exponential_average(mu_x),
         store_x=store_x,
         moment_dtype=moment_dtype,
+        rounding=rounding,
+        seed=seed,
     )
     if not upstream_compatible or _checks.is_off(weight_decay):
         return tx

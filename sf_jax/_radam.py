@@ -32,6 +32,7 @@ from sf_jax._adamw import AdamWState, denominator, init_moments, update_moments
 from sf_jax._averaging import Average, complement, one_minus_power, steps_taken
 from sf_jax._decay import Mask, add_decay
 from sf_jax._double import Double, double, scalar_dtype
+from sf_jax._rounding import NEAREST, Rounding, rounding_of
 from sf_jax._schedule_free import Base, Iterates, downhill, of_count, rule, widen
 
 # L(h) = coth h - 1/h as a series: coefficients of h, h³, h⁵, ...
@@ -87,6 +88,7 @@ def radam_base(
     weight_decay: jax.typing.ArrayLike | None,
     mask: Mask | None,
     moment_dtype: jax.typing.DTypeLike | None,
+    rounding: Rounding = NEAREST,
 ) -> Base:
     def update(
         grads: optax.Updates,
@@ -96,7 +98,7 @@ def radam_base(
         lr: jax.Array,
         extra_args: dict[str, Any],
     ) -> tuple[optax.Updates, AdamWState]:
-        moments = update_moments(grads, moments, b2, None, count)
+        moments = update_moments(grads, moments, b2, None, count, rounding)
         correction = one_minus_power(b2, count)
         rectified = rho(b2, count) > 4
 
@@ -127,6 +129,8 @@ def schedule_free_radam(
     average: Average | None = None,
     store_x: bool = False,
     moment_dtype: jax.typing.DTypeLike | None = None,
+    rounding: str = "nearest",
+    seed: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Schedule-Free RAdam, which needs no warmup.
 
@@ -170,13 +174,18 @@ def schedule_free_radam(
       moment_dtype: dtype of v; None for that of each
         parameter, at least float32, whatever ``state_dtype`` is. In bfloat16 a slow
         mean stands still: what a step adds is rounded away.
+      rounding: "nearest", or "stochastic" for bfloat16 arrays, with
+        ``state_dtype=jnp.bfloat16``, and ``seed``: as in
+        :func:`~sf_jax.schedule_free_adamw`.
+      seed: from 0 to 2^32 - 1, of the random bits.
 
     Returns:
       An optax transformation whose state is a ``ScheduleFreeState``; its updates have
       the params' structure and dtypes.
 
     Raises:
-      ValueError: b1 or b2 out of range, a negative learning rate, eps or weight decay.
+      ValueError: b1 or b2 out of range, a negative learning rate, eps or weight decay,
+        or a ``rounding`` or ``seed`` that cannot be.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sf_jax
@@ -201,6 +210,7 @@ def schedule_free_radam(
     _checks.weight_decay(weight_decay)
     _checks.floating_dtype("moment_dtype", moment_dtype)
     _averaging.check_average(average, r, weight_lr_power)
+    at_random = rounding_of(rounding, seed, state_dtype)
     scheduled = _averaging.scheduled(learning_rate)
 
     def step_size(count: jax.Array) -> Double:
@@ -211,11 +221,12 @@ def schedule_free_radam(
         return _double.where(rho(b2, count) > 4, rectified, lr)
 
     return rule(
-        radam_base(b2, eps, weight_decay, mask, moment_dtype),
+        radam_base(b2, eps, weight_decay, mask, moment_dtype, at_random),
         of_count(step_size),
         _averaging.polynomial_mean(r, weight_lr_power),
         b1,
         average=average,
         state_dtype=state_dtype,
         store_x=store_x,
+        rounding=at_random,
     )

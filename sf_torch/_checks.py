@@ -118,6 +118,11 @@ def random_rounding(group: Mapping[str, Any]) -> None:
     """Refuses random rounding where it cannot be."""
     if group.get("rounding") != "stochastic":
         return
+    if "seed" not in group:
+        raise ValueError(
+            'rounding="stochastic" is an option of SGD, AdamW, RAdam and GPA, and of '
+            "no other optimizer. Leave rounding out."
+        )
     if group["state_dtype"] != torch.bfloat16:
         raise ValueError(
             'rounding="stochastic" is to bfloat16, got state_dtype='

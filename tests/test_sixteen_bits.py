@@ -291,6 +291,49 @@ def test_a_run_has_the_same_bits_resumed_on_eight_devices_and_elsewhere(name):
     )
 
 
+OTHERS = {
+    "radam": (
+        partial(sf_jax.schedule_free_radam, 0.01, weight_decay=0.01),
+        partial(sf_torch.RAdamScheduleFree, lr=0.01, weight_decay=0.01),
+    ),
+    "gpa": (
+        partial(sf_jax.gpa_adamw, 0.01, weight_decay=0.01),
+        partial(sf_torch.GPAAdamW, lr=0.01, weight_decay=0.01),
+    ),
+    "refined": (
+        partial(sf_jax.schedule_free_adamw, 0.01, average=sf_jax.refined_average(50.0)),
+        partial(sf_torch.AdamWScheduleFreeRefined, lr=0.01, refined_c=50.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_members_that_step_like_adamw_round_alike_too(name):
+    ours, theirs = OTHERS[name]
+    w, grads = start()[0], gradients()[0][:20]
+    tx = ours(state_dtype=B16, moment_dtype=B16, rounding="stochastic", seed=3)
+    y, state = jnp.asarray(w), tx.init(jnp.asarray(w))
+    p = torch.nn.Parameter(torch.tensor(w.astype(np.float32)).to(T16))
+    options = {"state_dtype": T16, "moment_dtype": T16, "rounding": "stochastic"}
+    optimizer = theirs([p], **options, seed=3)
+    optimizer.train()
+    update = jax.jit(tx.update)
+    for g in grads:
+        updates, state = update(jnp.asarray(g), state, y)
+        y = optax.apply_updates(y, updates)
+        p.grad = torch.tensor(g.astype(np.float32)).to(T16)
+        optimizer.step()
+    rows = optimizer.state[p]
+    for a, b in (
+        (y, p.detach()),
+        (state.z, rows["z"]),
+        (state.base_state.nu, rows["exp_avg_sq"]),
+    ):
+        assert a.dtype == B16
+        assert np.mean(np.asarray(a, np.float32) == b.float().numpy()) >= SAME
+    assert not np.array_equal(np.asarray(y), w)
+
+
 def test_the_error_stays_near_that_of_float32():
     """The ratios that docs/precision.md tells; rounded to nearest it is above 30."""
     narrow = {"state_dtype": B16, "moment_dtype": B16, "rounding": "stochastic"}
@@ -320,6 +363,19 @@ def test_what_cannot_be_is_refused_by_both(options, match):
     for theirs in (sf_torch.SGDScheduleFree, sf_torch.AdamWScheduleFree):
         with pytest.raises(ValueError, match=match):
             theirs([torch.nn.Parameter(torch.ones(2))], **options)
+
+
+def test_decay_as_published_and_other_members_are_refused():
+    """The one rounds to nearest on its way, the others have no such option."""
+    p = torch.nn.Parameter(torch.ones(2, 2))
+    match = "upstream_compatible does not go with rounding"
+    options = {"rounding": "stochastic", "upstream_compatible": True}
+    with pytest.raises(ValueError, match=match):
+        sf_jax.gpa_adamw(state_dtype=B16, **options)
+    with pytest.raises(ValueError, match=match):
+        sf_torch.GPAAdamW([p], state_dtype=T16, **options)
+    with pytest.raises(ValueError, match="an option of SGD, AdamW, RAdam and GPA"):
+        sf_torch.MuonScheduleFree([{"params": [p], "rounding": "stochastic"}])
 
 
 def test_kernels_that_round_to_nearest_are_refused():

@@ -58,13 +58,18 @@ class GPAAdamW(AdamWScheduleFree):
         not by each parameter's own.
       moment_dtype: dtype of the moments; by default that of each parameter, float32
         for those narrower than it, whatever ``state_dtype`` is. A bfloat16 second
-        moment stalls: its changes are smaller than its rounding.
+        moment stalls: its changes are smaller than its rounding, unless that is
+        stochastic.
+      rounding: "nearest", or "stochastic" for bfloat16 arrays, with
+        ``state_dtype=torch.bfloat16``: as in :class:`AdamWScheduleFree`.
+      seed: from 0 to 2^32 - 1, of the random bits.
       skip_nonfinite: leave all as it was in a step in which a gradient has a NaN or an
         infinity: y, z, moments and counters. The host looks at the gradients before it
         goes on, which a GPU is waited for.
 
     Raises:
-      ValueError: an argument out of its range.
+      ValueError: an argument out of its range, or ``rounding="stochastic"`` with
+        ``upstream_compatible``, or where :class:`AdamWScheduleFree` refuses it.
       TypeError: ``warmup_steps`` that is not a whole number.
 
     Examples:
@@ -102,6 +107,8 @@ class GPAAdamW(AdamWScheduleFree):
         state_dtype: torch.dtype | None = None,
         upstream_compatible: bool = False,
         moment_dtype: torch.dtype | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
         skip_nonfinite: bool = False,
     ) -> None:
         options = {
@@ -118,7 +125,7 @@ class GPAAdamW(AdamWScheduleFree):
             "moment_dtype": moment_dtype,
         }
         options |= bookkeeping(
-            store_x, state_dtype, fused, skip_nonfinite=skip_nonfinite
+            store_x, state_dtype, fused, False, rounding, seed, skip_nonfinite
         )
         ScheduleFree.__init__(self, params, options)
 
@@ -126,6 +133,11 @@ class GPAAdamW(AdamWScheduleFree):
         super()._check_group(group, first)
         if not group["upstream_compatible"]:
             return
+        if group["rounding"] == "stochastic":
+            raise ValueError(
+                'upstream_compatible does not go with rounding="stochastic": its decay '
+                "rounds to nearest, and is lost. Leave upstream_compatible out."
+            )
         if group["decay_at"] == "x" or not group["mu_y"]:
             raise ValueError(
                 "upstream_compatible needs decay_at 'z' or 'y' and mu_y > 0, got "

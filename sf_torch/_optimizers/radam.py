@@ -60,7 +60,11 @@ class RAdamScheduleFree(ScheduleFree):
         gradients begin late are up to ``1 / sqrt(1 - b2)`` times too long.
       moment_dtype: dtype of the moments; by default that of each parameter, float32
         for those narrower than it, whatever ``state_dtype`` is. A bfloat16 second
-        moment stalls: its changes are smaller than its rounding.
+        moment stalls: its changes are smaller than its rounding, unless that is
+        stochastic.
+      rounding: "nearest", or "stochastic" for bfloat16 arrays, with
+        ``state_dtype=torch.bfloat16``: as in :class:`AdamWScheduleFree`.
+      seed: from 0 to 2^32 - 1, of the random bits.
       skip_nonfinite: leave all as it was in a step in which a gradient has a NaN or an
         infinity: y, z, moments and counters. The host looks at the gradients before it
         goes on, which a GPU is waited for, unless ``capturable``.
@@ -102,6 +106,8 @@ class RAdamScheduleFree(ScheduleFree):
         capturable: bool = False,
         upstream_compatible: bool = False,
         moment_dtype: torch.dtype | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
         skip_nonfinite: bool = False,
     ) -> None:
         options = {
@@ -120,7 +126,7 @@ class RAdamScheduleFree(ScheduleFree):
             params,
             options
             | bookkeeping(
-                store_x, state_dtype, fused, capturable, skip_nonfinite=skip_nonfinite
+                store_x, state_dtype, fused, capturable, rounding, seed, skip_nonfinite
             ),
         )
 

@@ -297,6 +297,7 @@ class ScheduleFreeWrapper(ScheduleFree):
         """The other options are the base's to check."""
         _checks.learning_rate("lr", group["lr"])  # which weighs the average too
         _checks.boolean("skip_nonfinite", group["skip_nonfinite"])
+        _checks.random_rounding(group)  # which has to be refused here
         _checks.non_negative("weight_decay_at_y", group["weight_decay_at_y"])
 
     def _needed(self, group: Group) -> list[str]:

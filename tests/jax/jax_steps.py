@@ -73,6 +73,18 @@ FAMILY = {
     "gpa": Optimizer(gpa, 2),
     "gpa_no_momentum": Optimizer(partial(gpa, b1=0.0), 1),
 }
+NARROW = {"state_dtype": jnp.bfloat16, "rounding": "stochastic"}
+narrow_adamw = partial(adamw, moment_dtype=jnp.bfloat16, weight_decay=0.1, **NARROW)
+# All arrays in bfloat16, rounded at random. (how it is made, its 16-bit arrays)
+SIXTEEN_BITS = {
+    "sgd": (partial(sf_jax.schedule_free_sgd, weight_decay=0.1, **NARROW), 5),
+    "adamw": (narrow_adamw, 7),
+    "adamw_x": (partial(narrow_adamw, store_x=True), 9),
+    "radam": (
+        partial(sf_jax.schedule_free_radam, moment_dtype=jnp.bfloat16, **NARROW),
+        7,
+    ),
+}
 
 # The steps of these are optax's, passes and temporaries too. Ours is what comes on top:
 # y, and x where it is stored. (ours, the base optimizer alone)

@@ -24,7 +24,7 @@ from gpu_steps import (
     prepare,
     table,
 )
-from jax_steps import OVER_OPTAX
+from jax_steps import OVER_OPTAX, SIXTEEN_BITS
 
 from benchmarks.trees import gpt2
 
@@ -84,6 +84,21 @@ def test_a_step_is_one_kernel_a_leaf_and_one_pass_over_memory(gpu, tree, name, f
     # Everything that is written is written in place.
     written = 1 + (form != "lean") + optimizer.moments + half(form)
     assert program.in_place >= written * array
+
+
+@pytest.mark.parametrize("name", SIXTEEN_BITS)
+@pytest.mark.parametrize("count", [1, 8])
+def test_sixteen_bits_with_their_random_bits_are_one_kernel_too(name, count):
+    """An element's place in the whole array is known on its device: nothing is sent."""
+    make, arrays = SIXTEEN_BITS[name]
+    program = compile_for_gpu(make(), dtype=jnp.bfloat16, count=count)
+    array = 2 * LEAF / count
+    assert [kernel.kind for kernel in program.over_arrays] == ["fusion"]
+    kinds = {kernel.kind for kernel in program.kernels}
+    assert kinds <= {"fusion", "copy", "partition-id"}
+    assert program.moved <= (arrays + SCALARS) * array
+    assert program.temporaries <= SCALARS * array
+    assert program.in_place >= (arrays - 1) // 2 * array
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -13,7 +13,14 @@ import optax
 import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
-from jax_steps import FAMILY, OPTIMIZERS, OVER_OPTAX, accessed, compile_step
+from jax_steps import (
+    FAMILY,
+    OPTIMIZERS,
+    OVER_OPTAX,
+    SIXTEEN_BITS,
+    accessed,
+    compile_step,
+)
 
 pytest.importorskip("libtpu", reason="libtpu is not installed; `make tpu` brings it")
 
@@ -64,6 +71,22 @@ def test_a_step_is_one_pass_over_memory(name, dtype, store_x, topology):
     # Everything that is written is written in place.
     written = 1 + has_x + optimizer.moments + half
     assert memory.alias_size_in_bytes >= written * 4 * LEAF
+
+
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [("adamw", topology) for topology in TOPOLOGIES]
+    + [(name, TOPOLOGIES[0]) for name in SIXTEEN_BITS if name != "adamw"],
+)
+def test_sixteen_bits_with_their_random_bits_are_one_pass_too(name, topology):
+    make, arrays = SIXTEEN_BITS[name]
+    compiled = compile_for_tpu(make(), jnp.bfloat16, topology, (2 * LEAF,))
+    memory = compiled.memory_analysis()
+    # Twice as many elements of half the size: again in arrays of 4 LEAF bytes.
+    assert accessed(compiled, LEAF) <= arrays + SCALARS
+    assert memory.temp_size_in_bytes < 4096
+    # Read and written, but for the gradient, which is only read.
+    assert memory.alias_size_in_bytes >= (arrays - 1) // 2 * 4 * LEAF
 
 
 @pytest.mark.parametrize("name", OVER_OPTAX)
