@@ -13,6 +13,7 @@ from sf_jax._muon import growing_b1, schedule_free_muon
 from sf_jax._plus import schedule_free_plus
 from sf_jax._prodigy import schedule_free_prodigy
 from sf_jax._radam import schedule_free_radam
+from sf_jax._rehearsal import check_optimizer
 from sf_jax._schedule_free import ScheduleFreeState, schedule_free
 from sf_jax._sgd import schedule_free_sgd
 
@@ -20,6 +21,7 @@ __version__ = _requirements.version()
 
 __all__ = [
     "ScheduleFreeState",
+    "check_optimizer",
     "check_params",
     "eval_params",
     "exponential_average",

@@ -20,6 +20,7 @@ and b, from one pass over the model as it is.
 """
 
 import operator
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeVar
@@ -50,13 +51,17 @@ def eval_variables(
       batches: what BatchNorm's statistics are taken over, an iterable of inputs of
         the model, or of tuples and lists that begin with one (a dict is an input), or
         one array with the batches along its first axis, which suits ``jit`` (an
-        iterable is unrolled there). None keeps the statistics of y.
+        iterable is unrolled there). None keeps the statistics of y, with a warning
+        where there are any.
       kwargs: what your training step gives to ``apply_fn`` besides ``mutable``, such
         as ``train=True`` or ``rngs={"dropout": key}``.
 
     Returns:
       ``{"params": x}``, with ``"batch_stats"`` where the state has them. All of it
       stays when the state is donated to the next step.
+
+    Warns:
+      UserWarning: no batches, for a state that has ``batch_stats``.
 
     Raises:
       ValueError: batches without statistics, no batches in the iterable, a model
@@ -90,6 +95,8 @@ def eval_variables(
         stats = _mean_statistics(
             _update_linen, state.apply_fn, variables["params"], stats, batches, kwargs
         )
+    elif jax.tree.leaves(stats):
+        _warn_of_y("the train state's batch_stats")
     if stats is not None:
         variables["batch_stats"] = jax.tree.map(own, stats)
     return variables
@@ -110,13 +117,17 @@ def eval_model(
       batches: what BatchNorm's statistics are taken over, an iterable of inputs of
         the model, or of tuples and lists that begin with one (a dict is an input), or
         one array with the batches along its first axis, which suits ``nnx.jit`` (an
-        iterable is unrolled there). None keeps the statistics of y.
+        iterable is unrolled there). None keeps the statistics of y, with a warning
+        where there are any.
       kwargs: what else the model is called with in training. ``nnx.Rngs`` among it do
         not advance.
 
     Returns:
       The model at x, after ``.eval()``: no dropout, running statistics in use. It
       shares no memory with the old one, whose buffers may be donated.
+
+    Warns:
+      UserWarning: no batches, for a model that has ``nnx.BatchStat``.
 
     Raises:
       TypeError: something else in place of the optimizer, or of the model.
@@ -156,8 +167,20 @@ def eval_model(
         nnx.update(
             at_x, _mean_statistics(_update_nnx, graph, rest, stats, batches, kwargs)
         )
+    elif jax.tree.leaves(nnx.state(at_x, nnx.BatchStat)):
+        _warn_of_y(f"the nnx.BatchStat of {type(model).__name__}")
     at_x.eval()
     return at_x
+
+
+def _warn_of_y(whose: str) -> None:
+    warnings.warn(
+        f"{whose} were taken at y, and at x the layers see other inputs. Pass batches, "
+        "over which they are taken again; or, if you are going to take them at x "
+        "yourself, ignore this warning.",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def _update_linen(apply_fn: Any, params: Any, stats: Any, batch: Any, **kw: Any) -> Any:

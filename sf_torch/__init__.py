@@ -40,6 +40,7 @@ from sf_torch._optimizers.wrapper import (
 )
 from sf_torch._record import Recorder, read_record, record
 from sf_torch._stand_in import replace_schedulefree
+from sf_torch._wrapped import unwrapped
 from sf_torch.bases import CombinedOptimizer
 from sf_torch.batchnorm import update_bn
 from sf_torch.checkpoint import load_checkpoint, save_checkpoint
@@ -81,5 +82,6 @@ __all__ = [
     "record",
     "replace_schedulefree",
     "save_checkpoint",
+    "unwrapped",
     "update_bn",
 ]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from sf_torch._optimizer import ScheduleFree
+from sf_torch._wrapped import unwrapped
 
 
 class _Train:
@@ -42,7 +43,7 @@ class Follower:
                 del self.model.__dict__["train"]
 
 
-def follow(model: torch.nn.Module, optimizer: ScheduleFree) -> Follower:
+def follow(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Follower:
     """From now on ``model.train()`` and ``model.eval()`` switch the optimizer too.
 
     The optimizer takes the model's present mode at once. Several optimizers may follow
@@ -50,10 +51,15 @@ def follow(model: torch.nn.Module, optimizer: ScheduleFree) -> Follower:
 
     Args:
       model: the module whose parameters the optimizer moves.
-      optimizer: an optimizer of this package.
+      optimizer: an optimizer of this package, or an object around one as
+        :func:`~sf_torch.unwrapped` takes it.
 
     Returns:
       A handle; its ``remove()`` undoes it.
+
+    Raises:
+      ValueError: the optimizer moves no parameter of the model: a trainer has given it
+        copies, which no switch brings back to the model.
 
     Examples:
       >>> import torch, sf_torch
@@ -65,6 +71,16 @@ def follow(model: torch.nn.Module, optimizer: ScheduleFree) -> Follower:
       False
       >>> handle.remove()
     """
+    optimizer = unwrapped(optimizer)
+    own = set(map(id, model.parameters()))
+    moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not own & moved:
+        raise ValueError(
+            f"the optimizer moves none of the {len(own)} parameters of "
+            f"{type(model).__name__}: it was built over another model, or a trainer "
+            "has given it copies (as DeepSpeed's ZeRO does). Build it over the "
+            "parameters of this model."
+        )
     train = model.__dict__.get("train")
     if not isinstance(train, _Train):
         train = model.__dict__["train"] = _Train(model)

@@ -5,18 +5,19 @@ from typing import Any
 
 import torch
 
-from sf_torch._optimizer import ScheduleFree
+from sf_torch._wrapped import unwrapped
 
 
 def update_bn(
-    loader: Iterable[Any], model: torch.nn.Module, optimizer: ScheduleFree
+    loader: Iterable[Any], model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
     """Recomputes the running statistics of every BatchNorm layer at x.
 
     Args:
       loader: batches, or tuples and lists that begin with one; read once.
       model: its modes come back as they were.
-      optimizer: its mode comes back as it was.
+      optimizer: one of this package, or an object around one as
+        :func:`~sf_torch.unwrapped` takes it; its mode comes back as it was.
 
     Examples:
       >>> import torch, sf_torch
@@ -26,5 +27,5 @@ def update_bn(
       >>> model.running_mean
       tensor([3.])
     """
-    with optimizer.eval_mode():
+    with unwrapped(optimizer).eval_mode():
         torch.optim.swa_utils.update_bn(loader, model)

@@ -9,6 +9,7 @@ from sf_torch import _archive, _loaded
 from sf_torch._optimizer import ScheduleFree
 from sf_torch._optimizers.forms import Closure
 from sf_torch._step.schedule import has_begun
+from sf_torch._wrapped import unwrapped
 
 FORMAT = 1
 PARTS = {
@@ -23,7 +24,7 @@ PARTS = {
 def save_checkpoint(
     path: str | os.PathLike[str],
     model: torch.nn.Module,
-    optimizer: ScheduleFree,
+    optimizer: torch.optim.Optimizer,
     **extra: Any,
 ) -> None:
     """Writes model and optimizer, whole or not at all; neither changes.
@@ -36,7 +37,8 @@ def save_checkpoint(
       path: of the file. It is replaced only once the new one is complete and on the
         disk; a link is followed, and an existing file keeps its mode.
       model: the module whose parameters the optimizer moves.
-      optimizer: an optimizer of this package, in either mode.
+      optimizer: an optimizer of this package, in either mode, or an object around one
+        as :func:`~sf_torch.unwrapped` takes it.
       extra: anything that ``weights_only`` loading allows: numbers, strings, tensors,
         and lists, tuples and dicts of them. Scalars of NumPy, here and in the groups,
         are written as Python numbers.
@@ -59,6 +61,7 @@ def save_checkpoint(
       ...     sf_torch.load_checkpoint(f"{folder}/run.pt", model, optimizer)
       {'epoch': 3}
     """
+    optimizer = unwrapped(optimizer)
     _check_pair(model, optimizer)
     saved = optimizer.state_dict()
     if optimizer.training:
@@ -79,14 +82,17 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: str | os.PathLike[str], model: torch.nn.Module, optimizer: ScheduleFree
+    path: str | os.PathLike[str],
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
 ) -> dict[str, Any]:
     """Loads what :func:`save_checkpoint` wrote: x, y, z and modes, bit for bit.
 
     Args:
       path: of the file.
       model: a module of the same structure and shapes.
-      optimizer: an optimizer over its parameters, with the same groups.
+      optimizer: an optimizer over its parameters, with the same groups, or an object
+        around it.
 
     Returns:
       The extra that was saved.
@@ -96,6 +102,7 @@ def load_checkpoint(
         the optimizer, or a pair that :func:`save_checkpoint` refuses; they are as
         before then.
     """
+    optimizer = unwrapped(optimizer)
     _check_pair(model, optimizer)
     content = _read(path)
     _check_shapes(path, content["model"], model)

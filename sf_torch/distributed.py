@@ -7,20 +7,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim import Optimizer
 
-from sf_torch._optimizer import ScheduleFree
+from sf_torch._wrapped import unwrapped
 
 
-def check_modes(
-    optimizer: ScheduleFree, group: dist.ProcessGroup | None = None
-) -> None:
+def check_modes(optimizer: Optimizer, group: dist.ProcessGroup | None = None) -> None:
     """Raises on every rank when ranks disagree about the mode.
 
     A collective: all ranks of the group must call it, before evaluation or a save for
     instance. Without a process group it does nothing.
 
     Args:
-      optimizer: this rank's optimizer.
+      optimizer: this rank's optimizer, or an object around it as
+        :func:`~sf_torch.unwrapped` takes it.
       group: the process group; by default that of all ranks.
 
     Raises:
@@ -33,6 +33,7 @@ def check_modes(
       >>> optimizer = sf_torch.SGDScheduleFree(model.parameters())
       >>> sf_torch.check_modes(optimizer)  # a single process agrees with itself
     """
+    optimizer = unwrapped(optimizer)
     if not (dist.is_available() and dist.is_initialized()):
         return
     if dist.get_rank(group) < 0:

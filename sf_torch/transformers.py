@@ -12,6 +12,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from sf_torch._wrapped import layers_of
+
 
 class ScheduleFreeCallback(TrainerCallback):
     """Trains at y; evaluates, predicts and saves at x.
@@ -47,12 +49,11 @@ class ScheduleFreeCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Refuses what it could not switch, and ties the model's state dict to x."""
-        optimizer = kwargs["optimizer"]
-        inner = getattr(optimizer, "optimizer", optimizer)
-        if not (hasattr(inner, "train") and hasattr(inner, "eval")):
+        optimizer = _innermost(kwargs["optimizer"])
+        if not (hasattr(optimizer, "train") and hasattr(optimizer, "eval")):
             raise ValueError(
-                f"the optimizer is {type(inner).__name__}, which has no train() and "
-                "eval(). Pass optimizers=(sf_torch.AdamWScheduleFree(...), None)."
+                f"the optimizer is {type(optimizer).__name__}, which has no train() "
+                "and eval(). Pass optimizers=(sf_torch.AdamWScheduleFree(...), None)."
             )
         self._release()
         # No event tells of a save beforehand, and none of Ctrl-C.
@@ -71,7 +72,7 @@ class ScheduleFreeCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """To y, after whatever came between."""
-        kwargs["optimizer"].train()
+        _innermost(kwargs["optimizer"]).train()
 
     def on_epoch_end(
         self,
@@ -81,7 +82,7 @@ class ScheduleFreeCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """To x: what follows may evaluate, or load the best x."""
-        kwargs["optimizer"].eval()
+        _innermost(kwargs["optimizer"]).eval()
 
     def on_train_end(
         self,
@@ -91,13 +92,18 @@ class ScheduleFreeCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """To x, for whoever uses the model now."""
-        kwargs["optimizer"].eval()
+        _innermost(kwargs["optimizer"]).eval()
         self._release()
 
     def _release(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _innermost(optimizer: Any) -> Any:
+    """The optimizer itself: what is around it may not pass train() and eval() on."""
+    return layers_of(optimizer)[-1]
 
 
 class _ToX:

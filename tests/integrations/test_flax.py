@@ -16,6 +16,9 @@ from flax.training import train_state
 import sf_jax
 import sf_jax.flax
 
+# Most tests here are about parameters: test_nnx_batchnorm.py is about this warning.
+pytestmark = pytest.mark.filterwarnings("ignore:.* were taken at y")
+
 FEATURES, CLASSES, STEPS = 4, 3, 4
 LOADER = np.random.default_rng(0).normal(1, 2, (STEPS, 8, FEATURES)).astype(np.float32)
 LABELS = np.random.default_rng(1).integers(CLASSES, size=(STEPS, 8))

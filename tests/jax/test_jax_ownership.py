@@ -81,6 +81,7 @@ class TrainState(train_state.TrainState):
     batch_stats: Any
 
 
+@pytest.mark.filterwarnings("ignore:.* were taken at y")
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_linen_variables_outlive_a_donated_step(wrap):
     net = nn.BatchNorm(use_running_average=True)
@@ -117,6 +118,7 @@ def nnx_pair():
     return model, nnx.Optimizer(model, sf_jax.schedule_free_sgd(0.1), wrt=wrt)
 
 
+@pytest.mark.filterwarnings("ignore:.* were taken at y")
 @pytest.mark.parametrize("wrap", [lambda f: f, nnx.jit], ids=["eager", "jit"])
 def test_an_nnx_model_at_x_shares_nothing(wrap):
     model, optimizer = nnx_pair()
