@@ -50,8 +50,13 @@ def layers_of(optimizer: Any) -> list[Any]:
     while not isinstance(layers[-1], ScheduleFree):
         held = [getattr(layers[-1], place, None) for place in _PLACES]
         # Their forwarding may give themselves, or what has been seen.
-        new = [h for h in held if hasattr(h, "param_groups") and h not in layers]
+        known = set(map(id, layers))
+        new = [h for h in held if _is_layer(h) and id(h) not in known]
         if not new:
             break
         layers.append(new[0])
     return layers
+
+
+def _is_layer(held: Any) -> bool:
+    return any(hasattr(held, name) for name in ("param_groups", *_PLACES))
