@@ -98,12 +98,13 @@ def _with_x(state: Any) -> Any:
 def _noise(key: jax.Array, params: Any) -> Any:
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(key, max(1, len(leaves)))
-    return structure.unflatten(
+    noise = [
         jax.random.normal(key, jnp.shape(leaf), jnp.result_type(leaf))
         if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
         else jnp.zeros_like(leaf)
         for key, leaf in zip(keys, leaves, strict=False)
-    )
+    ]
+    return jax.tree.unflatten(structure, noise)
 
 
 def _differs(a: Any, b: Any) -> jax.Array:
