@@ -36,6 +36,7 @@ from sf_torch._optimizers.sgd import (
 )
 from sf_torch._optimizers.wrapper import (
     ScheduleFreeWrapper,
+    ScheduleFreeWrapperClosure,
     ScheduleFreeWrapperReference,
 )
 from sf_torch._record import Recorder, read_record, record
@@ -72,6 +73,7 @@ __all__ = [
     "SGDScheduleFreeReference",
     "SGDScheduleFreeRefined",
     "ScheduleFreeWrapper",
+    "ScheduleFreeWrapperClosure",
     "ScheduleFreeWrapperReference",
     "ScheduleFreeWrapperRefined",
     "check_modes",

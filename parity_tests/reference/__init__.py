@@ -23,7 +23,7 @@ from parity_tests.reference.base_steps import SGD, AdamC, AdamW, InPlaceAdamW, R
 from parity_tests.reference.held_decay import HeldDecay
 from parity_tests.reference.interpolation import annealed, growing
 from parity_tests.reference.muon import Muon, orthogonalised
-from parity_tests.reference.prodigy import Prodigy, weighed_by_d
+from parity_tests.reference.prodigy import AlgoPerfProdigy, Prodigy, weighed_by_d
 from parity_tests.reference.rule import Leaves, Now, ScheduleFree, Seams, wide
 from parity_tests.reference.step_sizes import (
     PolyakStep,
@@ -38,6 +38,7 @@ __all__ = [
     "SGD",
     "AdamC",
     "AdamW",
+    "AlgoPerfProdigy",
     "AverageAfter",
     "HeldDecay",
     "InPlaceAdamW",

@@ -3,18 +3,36 @@
 Prodigy moves z and estimates d, the distance to the solution, which multiplies the
 learning rate. The average weighs each step by lr_k d, with the d that the step found.
 
+The variant "algoperf" is the combination that Meta entered into AlgoPerf. It corrects
+no bias, decays at x, steps with the d that the step found, and weighs by the number of
+the step alone:
+
+    v' = b2 v + (1 - b2) (d g)²
+    n' = b3 n + d² lr_k Σ g·(z0 - z),    s' = b3 s + d² lr_k g
+    d' = max(d, n' / Σ|s'|)
+    z' = z - d lr_k (d' g / (sqrt(v') + d' eps) + λ x),    w_k = (k + 1)^0.75
+
 References:
   Mishchenko and Defazio, *Prodigy: An Expeditiously Adaptive Parameter-Free Learner*,
     https://arxiv.org/abs/2306.06101
   Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
+  facebookresearch/schedule_free, ``schedulefree/algoperf/external_tuning/``
+    ``schedule_free_prodigy/submission.py`` (the variant)
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from sf_torch import _checks
 from sf_torch._optimizers.wrapper import ScheduleFreeWrapper
+from sf_torch._step.batches import local
 from sf_torch._step.numbers import EPS_FLOOR
+
+VARIANTS = ("standard", "algoperf")
 
 
 class ProdigyScheduleFree(ScheduleFreeWrapper):
@@ -38,14 +56,22 @@ class ProdigyScheduleFree(ScheduleFreeWrapper):
         second moment, in [0, 1). They are the same for all groups. Later β is
         ``optimizer.momentum``, as of every wrapper.
       eps: added to the root of the second moment, times d.
-      weight_decay: λ, decoupled and times the step size, at z.
+      weight_decay: λ, decoupled and times the step size, at z; in the variant at x,
+        as the groups' ``weight_decay_at_x``.
       warmup_steps: steps of linear warmup.
-      r: steps are weighed by ``(k + 1) ** r``.
-      weight_lr_power: and by the largest step size so far, ``lr_k d``, to this power.
-      inner_momentum: Prodigy's own first moment, in [0, 1); β takes its place.
+      r: steps are weighed by ``(k + 1) ** r``; None for 0, in the variant 0.75.
+      weight_lr_power: and by the largest step size so far, ``lr_k d``, to this power;
+        None for 2, in the variant for 0.
+      inner_momentum: Prodigy's own first moment, in [0, 1); β takes its place. The
+        variant has none.
       estim_lr0: the first d, smaller than the distance to the solution; prodigyopt's
         ``d0``.
       estim_lr_coef: a factor on the estimates of d; prodigyopt's ``d_coef``.
+      beta3: decay rate of the sums that estimate d, in [0, 1); None for the root of b2.
+      safeguard_warmup: whether warmup is kept out of the denominator of that estimate,
+        so that small first steps do not make d too large; not in the variant.
+      variant: "standard", or "algoperf" for Meta's entry, which had b2 = 0.9955, and
+        its second moment and sums in bfloat16. Here they are kept in full.
       weight_decay_at_y: λ of a decay at y; see :class:`ScheduleFreeWrapper`.
       store_x: keep x in the state.
       state_dtype: dtype of z and x. By default that of each parameter, float32 for
@@ -56,7 +82,7 @@ class ProdigyScheduleFree(ScheduleFreeWrapper):
 
     Raises:
       ImportError: ``prodigyopt`` is not installed.
-      ValueError: an argument out of its range.
+      ValueError: an argument out of its range, or one that the variant does not have.
       TypeError: ``warmup_steps`` that is not a whole number.
 
     Examples:
@@ -84,12 +110,15 @@ class ProdigyScheduleFree(ScheduleFreeWrapper):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
-        r: float = 0.0,
-        weight_lr_power: float = 2.0,
+        r: float | None = None,
+        weight_lr_power: float | None = None,
         *,
         inner_momentum: float = 0.0,
         estim_lr0: float = 1e-6,
         estim_lr_coef: float = 1.0,
+        beta3: float | None = None,
+        safeguard_warmup: bool = False,
+        variant: str = "standard",
         weight_decay_at_y: float = 0.0,
         store_x: bool = False,
         state_dtype: torch.dtype | None = None,
@@ -99,6 +128,20 @@ class ProdigyScheduleFree(ScheduleFreeWrapper):
         _checks.decay_rate("inner_momentum", inner_momentum)
         _checks.non_negative("eps", eps)
         _checks.non_negative("weight_decay", weight_decay)
+        _checks.choice(VARIANTS)("variant", variant)
+        if beta3 is not None:
+            _checks.decay_rate("beta3", beta3)
+        as_entered = variant == "algoperf"
+        if as_entered and (inner_momentum or safeguard_warmup):
+            raise ValueError(
+                f"safeguard_warmup={safeguard_warmup} and inner_momentum="
+                f"{inner_momentum} have no place in variant='algoperf', which was "
+                "published without either. Leave them out."
+            )
+        if r is None:
+            r = 0.75 if as_entered else 0.0
+        if weight_lr_power is None:
+            weight_lr_power = 0.0 if as_entered else 2.0
         try:
             import prodigyopt
         except ImportError as error:
@@ -110,11 +153,14 @@ class ProdigyScheduleFree(ScheduleFreeWrapper):
             params,
             lr=lr,
             # Where its first beta is 0, prodigyopt steps with the d that the step has
-            # found. The formula steps with the former d, as prodigyopt does elsewhere.
-            betas=(inner_momentum or 1e-30, betas[1]),
+            # found, as the entry does. The formula steps with the former d, as
+            # prodigyopt does elsewhere.
+            betas=(0.0 if as_entered else inner_momentum or 1e-30, betas[1]),
+            beta3=beta3,
             eps=max(eps, EPS_FLOOR),
             weight_decay=weight_decay,
-            use_bias_correction=True,
+            use_bias_correction=not as_entered,
+            safeguard_warmup=safeguard_warmup,
             d0=estim_lr0,
             d_coef=estim_lr_coef,
         )
@@ -129,3 +175,29 @@ class ProdigyScheduleFree(ScheduleFreeWrapper):
             state_dtype=state_dtype,
             skip_nonfinite=skip_nonfinite,
         )
+        self.variant = variant
+        if as_entered:
+            self.defaults["weight_decay_at_x"] = weight_decay
+            for group in self.param_groups:
+                # The base's would act at z.
+                group.setdefault("weight_decay_at_x", group["weight_decay"])
+                group["weight_decay"] = 0.0
+
+    def _moved_by_base(
+        self, loss: Any, closure: Callable[[], Any] | None
+    ) -> dict[Tensor, Tensor]:
+        decays = {
+            p: (self._new_x(p, group), group)
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None and group.get("weight_decay_at_x")
+        }
+        first = self.param_groups[0]
+        d, k = first["d"], first["k"]
+        next_zs = super()._moved_by_base(loss, closure)
+        if first["k"] > k:  # while all gradients are 0, Prodigy waits
+            for p, (x, group) in decays.items():
+                share = d * float(group["lr"]) * group["weight_decay_at_x"]
+                z = local(next_zs[p])
+                z.sub_(local(x).to(z.dtype), alpha=share)
+        return next_zs

@@ -18,7 +18,7 @@ from torch import Tensor
 from sf_torch import _checks, _loaded
 from sf_torch._iterates import ITERATES, NEEDED
 from sf_torch._optimizer import ScheduleFree, bookkeeping
-from sf_torch._optimizers.forms import Reference
+from sf_torch._optimizers.forms import Closure, Reference
 from sf_torch._step import formula
 from sf_torch._step.batches import Leaf, is_master, local, wide_dtype
 from sf_torch._step.dispatch import Way
@@ -366,6 +366,27 @@ def _of_keys(
     }
     # Many bases make their state where a parameter has none at all.
     return {**state_dict, "state": {i: part for i, part in parts.items() if part}}
+class ScheduleFreeWrapperClosure(Closure, ScheduleFreeWrapper):
+    """:class:`ScheduleFreeWrapper` for ``step(closure)``, without modes to switch.
+
+    A base that calls its closure, as LBFGS does, calls it at the y of the z that it has
+    come to.
+
+    Examples:
+      >>> import torch, sf_torch
+      >>> w = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
+      >>> base = torch.optim.RMSprop([w], lr=0.05)
+      >>> optimizer = sf_torch.ScheduleFreeWrapperClosure(base)
+      >>> def closure():
+      ...     optimizer.zero_grad()
+      ...     loss = w.square().sum()  # at y
+      ...     loss.backward()
+      ...     return loss
+      >>> for _ in range(400):
+      ...     loss = optimizer.step(closure)
+      >>> bool(w.norm() < 0.2)  # x
+      True
+    """
 
 
 def _held(p: Tensor) -> Tensor:

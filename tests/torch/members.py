@@ -66,6 +66,7 @@ MEMBERS = {
         "ProdigyScheduleFree": {**ADAMW, "estim_lr0": 0.01},
         "ScheduleFreeWrapper": {**RMSPROP, "warmup_steps": 3},
         "ScheduleFreeWrapperReference": RMSPROP,
+        "ScheduleFreeWrapperClosure": RMSPROP,
         "ScheduleFreeWrapperRefined": {**RMSPROP, "refined_c": 20.0},
     }.items()
 }

@@ -82,7 +82,11 @@ def over_adam(wrapper, params, **options):
 
 WRAPPERS = {
     name: functools.partial(over_adam, getattr(sf_torch, name))
-    for name in ("ScheduleFreeWrapper", "ScheduleFreeWrapperReference")
+    for name in (
+        "ScheduleFreeWrapper",
+        "ScheduleFreeWrapperReference",
+        "ScheduleFreeWrapperClosure",
+    )
 }
 ALL = NAMED | WRAPPERS
 every = pytest.mark.parametrize("build", ALL.values(), ids=ALL.keys())

@@ -17,13 +17,19 @@ from parity_tests.registry.rows import BFLOAT16, DECAY, FLOAT64, ON_NETWORK, cas
 
 @dataclasses.dataclass(frozen=True)
 class ProdigyOptions(Options):
-    """Adds d0, the first estimate of the distance to the solution."""
+    """Adds d0, the first estimate of the distance to the solution, and how d grows."""
 
     d0: float = 1e-3
+    beta3: float | None = None
+    safeguard_warmup: bool = False
+    variant: str = "standard"
 
 
 def _reference(o: ProdigyOptions) -> reference.Seams:
-    base = reference.Prodigy(o.inner_momentum, o.b2, o.eps, o.weight_decay, o.d0)
+    options = (o.inner_momentum, o.b2, o.eps, o.weight_decay, o.d0, o.beta3)
+    base = reference.Prodigy(*options, o.safeguard_warmup)
+    if o.variant == "algoperf":
+        base = reference.AlgoPerfProdigy(*options)
     average = reference.PolynomialAverage(o.r, o.weight_lr_power)
     return reference.Seams(
         function(o.b1), warmup(o), base, reference.weighed_by_d(average, base)
@@ -42,6 +48,9 @@ def _jax(o: ProdigyOptions, store_x: bool) -> Any:
         r=o.r,
         inner_momentum=o.inner_momentum,
         estim_lr0=o.d0,
+        beta3=o.beta3,
+        safeguard_warmup=o.safeguard_warmup,
+        variant=o.variant,
         store_x=store_x,
     )
 
@@ -52,6 +61,7 @@ def _torch(groups: list[Any], o: ProdigyOptions, form: str, foreach: bool) -> An
         betas=(o.b1, o.b2),  # type: ignore[arg-type]  # b1 is a number in PyTorch
         estim_lr0=o.d0,
         **pick(o, "eps weight_decay warmup_steps r weight_lr_power inner_momentum"),
+        **pick(o, "beta3 safeguard_warmup variant"),
     )
 
 
@@ -71,6 +81,14 @@ OPTIMIZER = Optimizer(
 _STABLE: dict[str, Any] = {"lr": 0.3, "b2": 0.99}
 # For gradients that do not depend on the weights. d grows 24 times in 300 steps.
 _STREAM: dict[str, Any] = {"lr": 0.1, "b2": 0.9, "d0": 0.01}
+# The averaging of the entry, which the packages have by default beside its variant.
+_ENTRY: dict[str, Any] = {
+    **_STREAM,
+    "variant": "algoperf",
+    "r": 0.75,
+    "weight_lr_power": 0.0,
+    "warmup_steps": 20,
+}
 CASES = cases(
     OPTIMIZER,
     ("plain", _STABLE, ON_NETWORK),
@@ -81,6 +99,12 @@ CASES = cases(
         {**_STABLE, **DECAY, "lr": Linear(0.1, 0.3), "inner_momentum": 0.9, "r": 0.5},
         ON_NETWORK,
     ),
+    (
+        "safeguard",
+        {**_STABLE, "warmup_steps": 20, "beta3": 0.98, "safeguard_warmup": True},
+        ON_NETWORK,
+    ),
+    ("algoperf", {**_ENTRY, **DECAY}, {}),
     ("bfloat16", _STREAM, BFLOAT16),
     ("float64", {**_STABLE, **DECAY}, {**ON_NETWORK, **FLOAT64}),
 )

@@ -58,7 +58,7 @@ OPTIMIZER = Optimizer(
     arguments=lambda o: {"lr": o.lr, "momentum": o.base_momentum},
     torch=_wrapped("sf_torch"),
     meta=_wrapped("schedulefree"),
-    torch_forms=("", "Reference"),
+    torch_forms=("", "Reference", "Closure"),
     fuses=False,
     lacks={
         "meta": {
