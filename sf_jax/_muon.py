@@ -12,17 +12,20 @@ References:
   Jordan et al., *Muon: An optimizer for hidden layers in neural networks*,
     https://kellerjordan.github.io/posts/muon
   Kim et al., *AMUSE: Anytime Muon with Stable Gradient Evaluation*,
-    https://arxiv.org/abs/2605.22432 (the growing β)
+    https://arxiv.org/abs/2605.22432 (the growing β), and the authors' code,
+    https://github.com/kjeiun/amuse, ``src/optim/AMUSE.py``
   Apte et al., *Anytime Training with Schedule-Free Spectral Optimization*,
     https://arxiv.org/abs/2605.23061 (decay at z, the rows)
   Li et al., *NorMuon*, https://arxiv.org/abs/2510.05491
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sf_jax import _averaging, _checks, _meshes
@@ -30,7 +33,7 @@ from sf_jax._adamw import positive_eps
 from sf_jax._decay import is_function
 from sf_jax._moments import with_moment_dtype
 from sf_jax._normuon import matrices, normuon
-from sf_jax._schedule_free import schedule_free
+from sf_jax._schedule_free import ByWeight, schedule_free
 
 
 def growing_b1(b1: float = 0.9, steps: int = 1000, rho: float = 0.5) -> optax.Schedule:
@@ -47,6 +50,9 @@ def growing_b1(b1: float = 0.9, steps: int = 1000, rho: float = 0.5) -> optax.Sc
       b1: β for the first ``steps`` steps, in [0, 1].
       steps: T_0, at least 2.
       rho: how fast β grows; 0 for a constant.
+
+    It is Eq. 1 of the paper. The authors' code computes β from the averaging weight,
+    see :func:`schedule_free_muon`; without warmup the two are the same.
 
     Returns:
       A schedule of the count.
@@ -75,8 +81,35 @@ def growing_b1(b1: float = 0.9, steps: int = 1000, rho: float = 0.5) -> optax.Sc
         # The y that step k forms is where gradient t = k + 2 is taken.
         ratio = (steps - 1) / _averaging.steps_taken(count)
         return 1 - _averaging.complement(b1) * jnp.minimum(ratio, 1) ** rho
+    return _Growing(b1, steps, rho)
 
-    return beta
+
+@dataclasses.dataclass(frozen=True)
+class _Growing:
+    b1: float
+    steps: int
+    rho: float
+
+    def __call__(self, count: jax.Array) -> jax.Array:
+        # The y that step k forms is where gradient t = k + 2 is taken.
+        ratio = (self.steps - 1) / _averaging.steps_taken(count)
+        return self._grown(jnp.minimum(ratio, 1))
+
+    def _grown(self, ratio: jax.Array) -> jax.Array:
+        return 1 - _averaging.complement(self.b1) * ratio**self.rho
+
+    def as_published(self, power: jax.typing.ArrayLike) -> ByWeight:
+        """β from c_t, where steps are weighed by (t lr_t / lr)^power in the warmup."""
+        t = np.arange(1, self.steps) / self.steps
+
+        def beta(count: jax.Array, ckp1: jax.Array) -> jax.Array:
+            warm = _averaging.steps_taken(count) > self.steps
+            c = jnp.where(warm, ckp1, 0.5)
+            # (1 - c) / c at the end of warmup: the weights before it over the last.
+            before = (t**power).sum()
+            return jnp.where(warm, self._grown(c / (1 - c) * before), self.b1)
+
+        return ByWeight(self.b1, beta)
 
 
 def schedule_free_muon(
@@ -106,6 +139,7 @@ def schedule_free_muon(
     adaptive: bool = False,
     preconditioning: str | None = None,
     per_device: bool = False,
+    upstream_compatible: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Schedule-Free Muon, over ``optax.contrib.muon``.
 
@@ -159,6 +193,17 @@ def schedule_free_muon(
         matrices (replicas, experts, one model a device). A part of a matrix must not
         be orthogonalised by itself, and is refused there without it. Under ``jit`` it
         changes nothing: there matrices may be sharded as you like.
+      upstream_compatible: β and x as in the published code of AMUSE, for
+        ``b1=growing_b1(b1, steps, rho)`` with ``warmup_steps=steps`` and a constant
+        learning rate. β follows from the averaging weight c of the step,
+
+        .. math::
+
+            1 - \beta_t = (1 - \beta_1) \left( \frac{c_t}{1 - c_t}
+                \frac{1 - c_{T_0}}{c_{T_0}} \right)^\rho
+
+        which grows sooner than Eq. 1: warmup weighs little. And x is recovered from y
+        with this new β, although the former formed y, so that it comes nearer to z.
 
     Returns:
       An optax transformation whose state is a ``ScheduleFreeState``.
@@ -192,6 +237,10 @@ def schedule_free_muon(
     _checks.eps(eps)
     _checks.weight_decay(weight_decay)
     _checks.floating_dtype("moment_dtype", moment_dtype)
+    beta: Any = b1
+    if upstream_compatible:
+        _check_published(learning_rate, warmup_steps, b1)
+        beta = beta.as_published(r + weight_lr_power)
     lr = _averaging.schedule(_averaging.scheduled(learning_rate, warmup_steps))
     numbers = muon_weight_dimension_numbers
     if callable(numbers) and not is_function(numbers):
@@ -233,7 +282,7 @@ def schedule_free_muon(
     return schedule_free(
         with_moment_dtype(muon, moment_dtype),
         lr,
-        b1,
+        beta,
         weight_lr_power,
         state_dtype,
         r=r,
@@ -241,6 +290,20 @@ def schedule_free_muon(
         decay_at=decay_at,
         store_x=store_x,
     )
+
+
+def _check_published(learning_rate: Any, warmup_steps: Any, b1: Any) -> None:
+    if not isinstance(b1, _Growing) or _checks.is_off(b1.b1):
+        raise ValueError(
+            "upstream_compatible is about a β that grows from above 0, got b1 = "
+            f"{b1}. Pass b1=growing_b1(0.6, steps=6000, rho=0.8)."
+        )
+    if callable(learning_rate) or warmup_steps != b1.steps:
+        raise ValueError(
+            f"upstream_compatible needs the warmup that β waits for, and a constant "
+            f"learning rate: got warmup_steps={warmup_steps} and {learning_rate}. Pass "
+            f"a number and warmup_steps={b1.steps}."
+        )
 
 
 def _always(tree: Any) -> Callable[[Any], Any]:

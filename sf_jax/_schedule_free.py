@@ -129,6 +129,17 @@ class StepSize(NamedTuple):
     ]
 
 
+class ByWeight(NamedTuple):
+    """β from the averaging weight, in place of a number or a function of the count.
+
+    x is then what y and z imply with the β of the present step, although another formed
+    y: where β grows, x comes nearer to z by as much.
+    """
+
+    first: float  # β of the first y, above 0
+    of: Callable[[jax.Array, jax.Array], jax.Array]  # (count, ckp1) -> β
+
+
 def of_count(step_size: Callable[[jax.Array], Double]) -> StepSize:
     """A step size that depends on the count alone."""
     return StepSize(
@@ -141,7 +152,7 @@ def rule(
     base: Base,
     step_size: StepSize,
     mean: Mean,
-    b1: optax.ScalarOrSchedule,
+    b1: optax.ScalarOrSchedule | ByWeight,
     *,
     average: Average | None = None,
     state_dtype: jax.typing.DTypeLike | None = None,
@@ -149,6 +160,8 @@ def rule(
     rounding: Rounding = NEAREST,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds an optimizer from the four seams; every public optimizer calls this."""
+    by_weight = b1 if isinstance(b1, ByWeight) else None
+    b1 = by_weight.first if by_weight is not None else b1
     _checks.interpolation("b1", b1)
     _checks.floating_dtype("state_dtype", state_dtype)
     needs_x = not callable(b1) and may_be_zero(b1)
@@ -229,7 +242,15 @@ def rule(
             lr,
             Weights(Double(state.weight_ratio, state.weight_ratio_lo), state.lr_max),
         )
-        b1_of_y = next_b1(state.count)
+        b1_of_y, b1_of_x = next_b1(state.count), state.b1
+        if by_weight is not None:
+            b1_of_y = b1_of_x = by_weight.of(state.count, ckp1)
+            share_of_x = once(state.count, state.b1 / b1_of_y)
+            stored_x = jax.tree.map(
+                lambda z, x: x if is_lean(x) else _nearer(x, z, share_of_x),
+                state.z,
+                stored_x,
+            )
         if average is not None:
             share = average(state.count, lr.hi, b1_of_y, ckp1)
             ckp1 = jnp.asarray(share, scalar_dtype())
@@ -238,7 +259,7 @@ def rule(
             # Computed only where needed: they divide by β, which may be 0 where x is
             # stored.
             lean_coefficients = once(
-                state.count, _lean_coefficients(ckp1, b1_of_y, state.b1)
+                state.count, _lean_coefficients(ckp1, b1_of_y, b1_of_x)
             )
             off_t = lean_coefficients[0].astype(jnp.float32)
             z_in_t = jnp.asarray(b1_of_y * ckp1, jnp.float32)
@@ -463,6 +484,12 @@ def recover_y(x: jax.Array, z: jax.Array, b1: jax.Array) -> jax.Array:
     """``y = x + (1 - β) (z - x)``, in z's dtype."""
     x_wide, z_wide = widen(x), widen(z)
     return as_dtype(x_wide + like(1 - b1, x_wide) * (z_wide - x_wide), z.dtype)
+
+
+def _nearer(x: jax.Array, z: jax.Array, share: jax.Array) -> jax.Array:
+    """``z + share (x - z)``, wide."""
+    x, z = widen(x), widen(z)
+    return z + like(share, x) * (x - z)
 
 
 def widen(leaf: jax.Array) -> jax.Array:

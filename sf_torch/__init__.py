@@ -15,6 +15,7 @@ from sf_torch._optimizers.adamw import (
     AdamWScheduleFreeReference,
 )
 from sf_torch._optimizers.gpa import GPAAdamW
+from sf_torch._optimizers.growing import growing_b1
 from sf_torch._optimizers.muon import MuonScheduleFree
 from sf_torch._optimizers.plus import AdamCScheduleFreePlus, AdamCScheduleFreePlusPaper
 from sf_torch._optimizers.prodigy import ProdigyScheduleFree
@@ -78,6 +79,7 @@ __all__ = [
     "ScheduleFreeWrapperRefined",
     "check_modes",
     "follow",
+    "growing_b1",
     "load_checkpoint",
     "mean_loss",
     "read_record",

@@ -52,6 +52,10 @@ class ScheduleFree(Iterates):
         """``c_k``: how much of z' enters x."""
         return polynomial_weight(group, lr, group["r"], group["weight_lr_power"])
 
+    def _betas(self, group: Group, draft: Group, ckp1: float) -> tuple[float, float]:
+        """The β with which y gives x, and that of the next y."""
+        return group["b1"], self._beta(draft)
+
     def _base_numbers(self, group: Group, lr: float, k: Any) -> Numbers:
         """How z moves, after k steps of the parameter's own."""
         raise NotImplementedError
@@ -175,7 +179,7 @@ class ScheduleFree(Iterates):
                 to_device(draft, group["params"][0].device)
             lr = draft["scheduled_lr"] = self._step_size(draft)
             ckp1 = self._weight(draft, lr)
-            b1, next_b1 = group["b1"], self._beta(draft)
+            b1, next_b1 = self._betas(group, draft, ckp1)
             planned = []
             for missed, params in self._parts(group):
                 numbers = self._base_numbers(draft, lr, draft["k"] - missed)

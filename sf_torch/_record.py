@@ -85,7 +85,8 @@ class Recorder:
             "options": {
                 name: getattr(self.optimizer, name)
                 for name in ("momentum", "weight_decay_at_y", "weight_lr_power", "r")
-                if hasattr(self.optimizer, name)
+                # A β that grows is in the groups, as a number.
+                if not callable(getattr(self.optimizer, name, len))
             },
             # Steps without a gradient of a parameter, which its bias correction skips.
             "missed": {

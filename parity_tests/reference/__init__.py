@@ -21,7 +21,7 @@ from parity_tests.reference.averaging import (
 )
 from parity_tests.reference.base_steps import SGD, AdamC, AdamW, InPlaceAdamW, RAdam
 from parity_tests.reference.held_decay import HeldDecay
-from parity_tests.reference.interpolation import annealed, growing
+from parity_tests.reference.interpolation import GrowingByWeight, annealed, growing
 from parity_tests.reference.muon import Muon, orthogonalised
 from parity_tests.reference.prodigy import AlgoPerfProdigy, Prodigy, weighed_by_d
 from parity_tests.reference.rule import Leaves, Now, ScheduleFree, Seams, wide
@@ -40,6 +40,7 @@ __all__ = [
     "AdamW",
     "AlgoPerfProdigy",
     "AverageAfter",
+    "GrowingByWeight",
     "HeldDecay",
     "InPlaceAdamW",
     "Leaves",

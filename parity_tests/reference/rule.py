@@ -47,6 +47,8 @@ class Seams(NamedTuple):
     step_size: Callable[[Now], float]  # -> lr_k
     base: Callable[[Now, float], Leaves]  # now, lr_k -> u, which contains -lr_k
     average: Callable[[int, float], float]  # k, lr_k -> c
+    # Whether x is what y and z imply with the β of this step, although another formed y
+    x_anew: bool = False
 
 
 class ScheduleFree:
@@ -91,11 +93,13 @@ class ScheduleFree:
             x, y, z = ({n: at[n] for n in names} for at in (self.x, self.y, self.z))
             nows.append(Now(self.k, given, x, y, z, value, nows, grad_norm))
         for (_, seams), now in zip(self.groups, nows, strict=True):
-            b1 = seams.b1(self.k)
             lr = seams.step_size(now)
             u = seams.base(now, lr)
             c = seams.average(self.k, lr)
+            b1 = seams.b1(self.k)  # after c, which AMUSE's published β depends on
             for n in now.y:
+                if seams.x_anew:
+                    self.x[n] = (self.y[n] - (1 - b1) * self.z[n]) / b1
                 if n in u:
                     self.z[n] = self.z[n] + u[n]
                     self.x[n] = (1 - c) * self.x[n] + c * self.z[n]

@@ -158,8 +158,10 @@ def _schedule(case: Case, optimizer: Any, k: int) -> None:
     for group, each in zip(optimizer.param_groups, options, strict=True):
         arguments = case.optimizer.arguments(each)
         group.update((n, v) for n, v in arguments.items() if n in _SCHEDULED)
-    if hasattr(optimizer, "base"):  # A wrapper has one β for all groups.
-        optimizer.momentum = case.options.at(k).b1
+    b1 = case.options.at(k).b1
+    # A wrapper has one β for all groups; one that grows by itself, from the start.
+    if hasattr(optimizer, "base") and not callable(b1):
+        optimizer.momentum = b1
 
 
 _SCHEDULED = ("lr", "betas", "momentum")

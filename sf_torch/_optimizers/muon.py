@@ -8,6 +8,7 @@ References:
     https://arxiv.org/abs/2605.23061
 """
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from sf_torch import _checks
+from sf_torch._optimizers.growing import Growing
 from sf_torch._optimizers.wrapper import ScheduleFreeWrapper
 from sf_torch._step.numbers import EPS_FLOOR
 from sf_torch._step.schedule import Group
@@ -44,9 +46,10 @@ class MuonScheduleFree(ScheduleFreeWrapper):
         ``weight_decay``, ``eps``, ``weight_decay_at_y``, ``r``, ``weight_lr_power``
         and, for its matrices, any option of :class:`sf_torch.bases.Muon`.
       lr: step size of matrices and, unless ``adam_lr`` is given, of the rest.
-      betas: (β, b2): the weight of x in y, in [0, 1], and the decay rate of AdamW's
-        second moment, in [0, 1). They are the same for all groups. Later β is
-        ``optimizer.momentum``, as of every wrapper.
+      betas: (β, b2): the weight of x in y, in [0, 1], a number or
+        :func:`~sf_torch.growing_b1`, and the decay rate of AdamW's second moment, in
+        [0, 1). They are the same for all groups. Later β is ``optimizer.momentum``, as
+        of every wrapper.
       eps: the least norm that Muon divides by, and added to the root of a second
         moment.
       weight_decay: λ, decoupled and times the learning rate, at z.
@@ -73,6 +76,11 @@ class MuonScheduleFree(ScheduleFreeWrapper):
       skip_nonfinite: leave all as it was in a step in which a gradient has a NaN or an
         infinity: y, z, moments and counters. The host looks at the gradients before it
         goes on, which a GPU is waited for.
+      upstream_compatible: β and x as in the published code of AMUSE, for
+        ``growing_b1(b1, steps, rho)`` as β with ``warmup_steps=steps`` and a constant
+        ``lr``. β follows from the averaging weight (see :mod:`.growing`) and grows
+        sooner than in the paper: warmup weighs little. And x is recovered from y with
+        this new β, although the former formed y, so that it comes nearer to z.
 
     Raises:
       ValueError: an argument out of its range, or a group with betas of its own.
@@ -99,7 +107,7 @@ class MuonScheduleFree(ScheduleFreeWrapper):
         self,
         params: ParamsT,
         lr: float | Tensor = 0.02,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float | Growing, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
@@ -118,8 +126,15 @@ class MuonScheduleFree(ScheduleFreeWrapper):
         store_x: bool = False,
         state_dtype: torch.dtype | None = None,
         skip_nonfinite: bool = False,
+        upstream_compatible: bool = False,
     ) -> None:
-        _checks.betas("betas", betas)
+        beta = betas[0]
+        if isinstance(beta, Growing):
+            _checks.decay_rate("betas[1]", betas[1])
+        else:
+            _checks.betas("betas", betas)
+        if upstream_compatible:
+            beta = _as_published(beta, warmup_steps)
         _checks.learning_rate("lr", lr)
         _checks.non_negative("eps", eps)
         _checks.non_negative("weight_decay", weight_decay)
@@ -150,7 +165,7 @@ class MuonScheduleFree(ScheduleFreeWrapper):
         super().__init__(
             CombinedOptimizer(*bases),
             weight_decay_at_y,
-            betas[0],
+            beta,
             weight_lr_power,
             r,
             warmup_steps=warmup_steps,
@@ -158,6 +173,25 @@ class MuonScheduleFree(ScheduleFreeWrapper):
             state_dtype=state_dtype,
             skip_nonfinite=skip_nonfinite,
         )
+
+    def _betas(self, group: Group, draft: Group, ckp1: float) -> tuple[float, float]:
+        beta = self.momentum
+        if not (isinstance(beta, Growing) and beta.by_weight):
+            return super()._betas(group, draft, ckp1)
+        power = float(group["r"] + group["weight_lr_power"])
+        next_b1 = beta.of_weight(group["k"], ckp1, power)
+        return next_b1, next_b1
+
+    def _finish(self, steps: list[Any]) -> None:
+        beta = self.momentum
+        if isinstance(beta, Growing) and beta.by_weight:
+            for group, draft, _ in steps:
+                share = group["b1"] / draft["b1"]
+                for _, state in self._moved(group) if share != 1 else ():
+                    if "x" in state:
+                        state["x"].lerp_(state["z"], 1 - share)
+                group["b1"] = draft["b1"]
+        super()._finish(steps)
 
     def add_param_group(self, param_group: Group) -> None:
         """Refuses groups that come after the optimizer has been built.
@@ -172,6 +206,20 @@ class MuonScheduleFree(ScheduleFreeWrapper):
                 "it is while it has no gradient."
             )
         super().add_param_group(param_group)
+
+
+def _as_published(beta: Any, warmup_steps: int) -> Growing:
+    if not isinstance(beta, Growing) or beta.b1 == 0:
+        raise ValueError(
+            "upstream_compatible is about a β that grows from above 0, got "
+            f"betas[0] = {beta}. Pass growing_b1(0.6, steps=6000, rho=0.8) there."
+        )
+    if warmup_steps != beta.steps:
+        raise ValueError(
+            "upstream_compatible needs the warmup that β waits for, got warmup_steps="
+            f"{warmup_steps}. Pass warmup_steps={beta.steps}."
+        )
+    return dataclasses.replace(beta, by_weight=True)
 
 
 def _by_dimensions(params: ParamsT) -> tuple[list[Any], list[Any]]:

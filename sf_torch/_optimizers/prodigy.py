@@ -175,7 +175,6 @@ class ProdigyScheduleFree(ScheduleFreeWrapper):
             state_dtype=state_dtype,
             skip_nonfinite=skip_nonfinite,
         )
-        self.variant = variant
         if as_entered:
             self.defaults["weight_decay_at_x"] = weight_decay
             for group in self.param_groups:

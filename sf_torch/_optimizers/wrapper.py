@@ -19,6 +19,7 @@ from sf_torch import _checks, _loaded
 from sf_torch._iterates import ITERATES, NEEDED
 from sf_torch._optimizer import ScheduleFree, bookkeeping
 from sf_torch._optimizers.forms import Closure, Reference
+from sf_torch._optimizers.growing import Growing
 from sf_torch._step import formula
 from sf_torch._step.batches import Leaf, is_master, local, wide_dtype
 from sf_torch._step.dispatch import Way
@@ -47,7 +48,8 @@ class ScheduleFreeWrapper(ScheduleFree):
         acts before the base's step, as in Meta's wrapper: y is that of the step's
         gradients, and a base that looks at its parameters (for a decay of its own, or
         as Prodigy does) finds the z that has decayed. x does not move by it.
-      momentum: β, the weight of x in y, in [0, 1].
+      momentum: β, the weight of x in y, in [0, 1]; a number, or
+        :func:`~sf_torch.growing_b1`.
       weight_lr_power: steps are weighed by the largest learning rate so far to this
         power.
       r: and by ``(k + 1) ** r``.
@@ -94,7 +96,7 @@ class ScheduleFreeWrapper(ScheduleFree):
         self,
         base: torch.optim.Optimizer,
         weight_decay_at_y: float = 0.0,
-        momentum: float = 0.9,
+        momentum: float | Growing = 0.9,
         weight_lr_power: float = 2.0,
         r: float = 0.0,
         *,
@@ -108,7 +110,8 @@ class ScheduleFreeWrapper(ScheduleFree):
                 f"base must be a torch optimizer, got {type(base).__name__}. Build it "
                 "first: ScheduleFreeWrapper(torch.optim.SGD(params, lr=0.1))."
             )
-        _checks.interpolation("momentum", momentum)
+        if not isinstance(momentum, Growing):
+            _checks.interpolation("momentum", momentum)
         _checks.warmup_steps("warmup_steps", warmup_steps)
         _checks.state_dtype("state_dtype", state_dtype)
         options = {
@@ -135,7 +138,8 @@ class ScheduleFreeWrapper(ScheduleFree):
         return self.param_groups[0]["weight_decay_at_y"]
 
     def _beta(self, group: Group) -> float:
-        return self.momentum
+        beta = self.momentum
+        return beta(group["k"]) if isinstance(beta, Growing) else beta
 
     def _step_size(self, group: Group) -> float:
         return group["scheduled_lr"]

@@ -264,6 +264,14 @@ def test_the_base_sees_the_sequence_that_decay_at_names():
         np.testing.assert_allclose(seen[name], before["xyz".index(name)], rtol=1e-6)
 
 
+def test_prodigys_entry_weighs_by_the_number_of_the_step_alone():
+    tx = sf_jax.schedule_free_prodigy(warmup_steps=9, variant="algoperf")
+    params, state = jnp.ones(2), tx.init(jnp.ones(2))
+    for _ in range(2):
+        _, state = tx.update(params, state, params)
+    assert state.weight_ratio == pytest.approx(1 + 2**-0.75, rel=1e-6)
+
+
 def test_prodigy_trains_without_a_learning_rate():
     _, x, _ = train(sf_jax.schedule_free_prodigy(), steps=400)
     last = jax.tree.map(lambda leaf: leaf[-1], x)
@@ -350,6 +358,23 @@ BAD_ARGUMENTS = [
         "mu_y > 0",
     ),
     (sf_jax.schedule_free_prodigy, {"b2": 1.0}, "b2.*got 1.0"),
+    (sf_jax.schedule_free_prodigy, {"beta3": 1.0}, "beta3.*got 1.0"),
+    (sf_jax.schedule_free_prodigy, {"variant": "paper"}, "variant must be one of"),
+    (
+        sf_jax.schedule_free_prodigy,
+        {"variant": "algoperf", "inner_momentum": 0.9},
+        "inner_momentum=0.9 have no place",
+    ),
+    (
+        sf_jax.schedule_free_muon,
+        {"upstream_compatible": True},
+        "b1=growing_b1",
+    ),
+    (
+        sf_jax.schedule_free_muon,
+        {"upstream_compatible": True, "b1": sf_jax.growing_b1(0.6, 9)},
+        "warmup_steps=9",
+    ),
     (sf_jax.schedule_free_muon, {"momentum": 1.0}, "momentum.*got 1.0"),
     (sf_jax.schedule_free_muon, {"row_b2": 1.0}, "row_b2.*got 1.0"),
     (sf_jax.growing_b1, {"steps": 1}, "steps must be at least 2, got 1"),

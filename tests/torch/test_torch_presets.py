@@ -360,6 +360,27 @@ REFUSED = [
     (sf_torch.ProdigyScheduleFree, {"betas": (0.9, 1.0)}, ValueError, "1.0"),
     (sf_torch.ProdigyScheduleFree, {"inner_momentum": 2}, ValueError, "momentum.*2"),
     (sf_torch.ProdigyScheduleFree, {"weight_decay": -1}, ValueError, "decay.*-1"),
+    (sf_torch.ProdigyScheduleFree, {"beta3": 1.0}, ValueError, "beta3.*1.0"),
+    (sf_torch.ProdigyScheduleFree, {"variant": "paper"}, ValueError, "variant"),
+    (
+        sf_torch.ProdigyScheduleFree,
+        {"variant": "algoperf", "inner_momentum": 0.9},
+        ValueError,
+        "inner_momentum=0.9 have no place",
+    ),
+    (
+        sf_torch.MuonScheduleFree,
+        {"upstream_compatible": True},
+        ValueError,
+        "growing_b1",
+    ),
+    (
+        sf_torch.MuonScheduleFree,
+        {"upstream_compatible": True, "betas": (sf_torch.growing_b1(0.6, 9), 0.9)},
+        ValueError,
+        "warmup_steps=9",
+    ),
+    (sf_torch.growing_b1, {"steps": 1}, ValueError, "steps must be at least 2"),
 ]
 
 
@@ -367,6 +388,12 @@ REFUSED = [
 def test_what_an_argument_cannot_mean_is_refused(make, options, error, message):
     with pytest.raises(error, match=message):
         make(weights().values(), **options)
+
+
+def test_prodigys_entry_weighs_by_the_number_of_the_step_alone():
+    optimizer = sf_torch.ProdigyScheduleFree(weights().values(), variant="algoperf")
+    group = optimizer.param_groups[0]
+    assert (group["r"], group["weight_lr_power"]) == (0.75, 0.0)
 
 
 def test_betas_of_a_group_and_one_tensor_are_refused():

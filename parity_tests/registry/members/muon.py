@@ -1,7 +1,7 @@
 """Schedule-Free around Muon and NorMuon, with AdamW for what is not a matrix."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 import jax
 from optax.contrib import MuonDimensionNumbers
@@ -12,13 +12,6 @@ from parity_tests import reference
 from parity_tests.registry.optimizer import Optimizer, pick, seams, warmup
 from parity_tests.registry.options import Linear, Options
 from parity_tests.registry.rows import BFLOAT16, DECAY, FLOAT64, cases
-
-
-@dataclasses.dataclass(frozen=True)
-class MuonOptions(Options):
-    """Adds the decay of NorMuon's second moment of a row. None is plain Muon."""
-
-    row_b2: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +26,20 @@ class Growing:
         return reference.growing(self.b1, self.steps, self.rho)(k)
 
 
+@dataclasses.dataclass(frozen=True)
+class MuonOptions(Options):
+    """Adds the decay of NorMuon's second moment of a row. None is plain Muon."""
+
+    row_b2: float | None = None
+    upstream_compatible: bool = False  # AMUSE's β and x as published
+
+    def at(self, k: int) -> Self:
+        """As of all options, but β stays a function where it grows."""
+        now = super().at(k)
+        grows = isinstance(self.b1, Growing)
+        return dataclasses.replace(now, b1=self.b1) if grows else now
+
+
 def _reference(o: MuonOptions) -> reference.Seams:
     base = reference.Muon(
         o.b2,
@@ -43,7 +50,12 @@ def _reference(o: MuonOptions) -> reference.Seams:
         o.nesterov,
         o.row_b2,
     )
-    return seams(o, base, warmup(o))
+    plain = seams(o, base, warmup(o))
+    if not o.upstream_compatible:
+        return plain
+    assert isinstance(o.b1, Growing)
+    b1 = reference.GrowingByWeight(o.b1.b1, o.b1.steps, o.b1.rho, plain.average)
+    return plain._replace(b1=b1, average=b1.average, x_anew=True)
 
 
 def _rows_first(params: Any) -> Any:
@@ -75,13 +87,18 @@ def _jax(o: MuonOptions, store_x: bool) -> Any:
         nesterov=o.nesterov,
         consistent_rms=0.2,
         muon_weight_dimension_numbers=_rows_first,
+        upstream_compatible=o.upstream_compatible,
     )
 
 
 def _torch(groups: list[Any], o: Any, form: str, foreach: bool) -> Any:
+    b1 = o.b1
+    if isinstance(b1, Growing):
+        b1 = sf_torch.growing_b1(b1.b1, b1.steps, b1.rho)
     return sf_torch.MuonScheduleFree(
         groups,
-        betas=(o.b1, o.b2),
+        betas=(b1, o.b2),
+        upstream_compatible=o.upstream_compatible,
         momentum=o.base_momentum,
         adjust_lr_fn="match_rms_adamw",
         foreach=foreach,
@@ -111,6 +128,11 @@ _NORMUON: dict[str, Any] = {"row_b2": 0.95}
 # torch's AdamW multiplies by 1 - lr λ. Where that factor is rounded, its error is the
 # same at every step: 12 ulps after 300 at lr = 0.0025, λ = 0.1. Here it is exact.
 _EXACT_DECAY = {"lr": 2.0**-9, "weight_decay": 2.0**-3}
+_AMUSE: dict[str, Any] = {
+    "b1": Growing(0.6, 30, 0.8),
+    "warmup_steps": 30,
+    "upstream_compatible": True,
+}
 CASES = cases(
     OPTIMIZER,
     ("plain", {}, _MATRICES),
@@ -118,6 +140,8 @@ CASES = cases(
     ("warmup", {"warmup_steps": 20}, _MATRICES),
     ("lr_schedule", {"lr": Linear(0.0002, 0.005)}, _MATRICES),
     ("growing", {"b1": Growing(0.8, 50, 0.7)}, _MATRICES),
+    ("amuse", {**_AMUSE, **_EXACT_DECAY}, _MATRICES),
+    ("amuse_bfloat16", _AMUSE, {**_MATRICES, **BFLOAT16}),
     ("nesterov", {"nesterov": True}, _MATRICES),
     ("rows", _NORMUON, _MATRICES),
     ("rows_decay", {**_NORMUON, **_EXACT_DECAY}, _MATRICES),
