@@ -380,7 +380,6 @@ REFUSED = [
         ValueError,
         "warmup_steps=9",
     ),
-    (sf_torch.growing_b1, {"steps": 1}, ValueError, "steps must be at least 2"),
 ]
 
 
@@ -388,6 +387,11 @@ REFUSED = [
 def test_what_an_argument_cannot_mean_is_refused(make, options, error, message):
     with pytest.raises(error, match=message):
         make(weights().values(), **options)
+
+
+def test_a_beta_that_cannot_grow_is_refused():
+    with pytest.raises(ValueError, match="steps must be at least 2, got 1"):
+        sf_torch.growing_b1(steps=1)
 
 
 def test_prodigys_entry_weighs_by_the_number_of_the_step_alone():
