@@ -8,7 +8,7 @@ Accelerate's look for the two at most one object further in.
 import pytest
 import torch
 from torch_cases import same, values
-from trainer_runs import BUILDS, INPUTS, TARGETS, bare_loop, builds, network, together
+from trainer_runs import BUILDS, INPUTS, TARGETS, bare_loop, network, together
 
 import sf_torch
 
@@ -51,8 +51,9 @@ depths = pytest.mark.parametrize("wrap", DEPTHS.values(), ids=DEPTHS)
 
 
 @depths
-@builds
-def test_a_model_that_is_followed_is_evaluated_at_x(build, wrap):
+@pytest.mark.parametrize("name", ["adamw", "wrapper"])
+def test_a_model_that_is_followed_is_evaluated_at_x(name, wrap):
+    build = BUILDS[name]
     net = network()
     optimizer = wrap(build(net.parameters()))
     sf_torch.follow(net, optimizer)
