@@ -46,13 +46,13 @@ def growing_b1(b1: float = 0.9, steps: int = 1000, rho: float = 0.5) -> optax.Sc
 
     with t = 1 at the first gradient. For the ``b1`` of any optimizer here.
 
+    It is Eq. 1 of the paper. The authors' code computes β from the averaging weight,
+    see :func:`schedule_free_muon`; without warmup the two are the same.
+
     Args:
       b1: β for the first ``steps`` steps, in [0, 1].
       steps: T_0, at least 2.
       rho: how fast β grows; 0 for a constant.
-
-    It is Eq. 1 of the paper. The authors' code computes β from the averaging weight,
-    see :func:`schedule_free_muon`; without warmup the two are the same.
 
     Returns:
       A schedule of the count.
@@ -77,10 +77,6 @@ def growing_b1(b1: float = 0.9, steps: int = 1000, rho: float = 0.5) -> optax.Sc
             f"steps must be at least 2, got {steps}. β begins to grow after them."
         )
 
-    def beta(count: jax.typing.ArrayLike) -> jax.Array:
-        # The y that step k forms is where gradient t = k + 2 is taken.
-        ratio = (steps - 1) / _averaging.steps_taken(count)
-        return 1 - _averaging.complement(b1) * jnp.minimum(ratio, 1) ** rho
     return _Growing(b1, steps, rho)
 
 
@@ -90,7 +86,7 @@ class _Growing:
     steps: int
     rho: float
 
-    def __call__(self, count: jax.Array) -> jax.Array:
+    def __call__(self, count: jax.typing.ArrayLike) -> jax.Array:
         # The y that step k forms is where gradient t = k + 2 is taken.
         ratio = (self.steps - 1) / _averaging.steps_taken(count)
         return self._grown(jnp.minimum(ratio, 1))

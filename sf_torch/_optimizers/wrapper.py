@@ -370,6 +370,8 @@ def _of_keys(
     }
     # Many bases make their state where a parameter has none at all.
     return {**state_dict, "state": {i: part for i, part in parts.items() if part}}
+
+
 class ScheduleFreeWrapperClosure(Closure, ScheduleFreeWrapper):
     """:class:`ScheduleFreeWrapper` for ``step(closure)``, without modes to switch.
 
