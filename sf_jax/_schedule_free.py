@@ -161,19 +161,19 @@ def rule(
 ) -> optax.GradientTransformationExtraArgs:
     """Builds an optimizer from the four seams; every public optimizer calls this."""
     by_weight = b1 if isinstance(b1, ByWeight) else None
-    b1 = by_weight.first if by_weight is not None else b1
-    _checks.interpolation("b1", b1)
+    beta: optax.ScalarOrSchedule = b1.first if isinstance(b1, ByWeight) else b1
+    _checks.interpolation("b1", beta)
     _checks.floating_dtype("state_dtype", state_dtype)
-    needs_x = not callable(b1) and may_be_zero(b1)
+    needs_x = not callable(beta) and may_be_zero(beta)
 
     def next_b1(count: jax.Array) -> jax.typing.ArrayLike:
-        return b1(count) if callable(b1) else b1
+        return beta(count) if callable(beta) else beta
 
     def init(params: optax.Params) -> ScheduleFreeState:
         _checks.inexact_leaves(params)
         keeps_x = store_x or needs_x
-        if callable(b1) and not keeps_x:
-            _checks.starts_above_zero("b1", b1)
+        if callable(beta) and not keeps_x:
+            _checks.starts_above_zero("b1", beta)
         z = jax.tree.map(lambda p: _copy(p, leaf_dtype(p, state_dtype)), params)
         x = jax.tree.map(
             lambda z, p: (
