@@ -246,8 +246,9 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
     ) -> None:
         """Tells the next step what ``step()`` and ``step(closure)`` cannot be given.
 
-        For trainers, which call these themselves: the callback for Lightning and
-        ``sf_torch.accelerate.tell_losses`` use it. The next step forgets it.
+        For those that call them themselves, such as ``GradScaler.step`` and trainers:
+        the callback for Lightning and ``sf_torch.accelerate.tell_losses`` use it. The
+        next step forgets it.
 
         Args:
           loss: the mean loss that the gradients belong to, in place of what a closure
@@ -270,7 +271,8 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
     @torch.compiler.disable
     def _skips(self) -> bool:
         skips = super()._skips()
-        if self.process_group is not None:  # whose other processes would wait
+        looks = any(group["skip_nonfinite"] for group in self.param_groups)
+        if looks and self.process_group is not None:  # which would wait for this one
             skips = distributed.totals([float(skips)], self.process_group)[0] > 0
         if skips:
             self._told = MappingProxyType({})

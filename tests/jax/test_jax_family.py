@@ -171,9 +171,9 @@ def test_gradients_of_zero_are_waited_out(make, eps):
 
 
 def test_plus_takes_no_step_at_its_floor():
-    tx = sf_jax.schedule_free_plus(loss_floor=lambda count: 1.0 + count)
+    tx = sf_jax.schedule_free_plus(loss_floor=2.0)
     state = tx.init(PARAMS)
-    for value, moves in ((1.5, True), (1.5, False), (3.5, True)):
+    for value, moves in ((1.5, False), (2.5, True)):
         before = state.z
         _, state = tx.update(PARAMS, state, PARAMS, value=value)
         moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before, state.z)

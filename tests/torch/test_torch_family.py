@@ -220,6 +220,10 @@ def test_plus_keeps_its_floor_in_copies_and_a_number_in_state_dicts():
     resumed = sf_torch.AdamCScheduleFreePlus([{"params": [q]} for q in (p, other)])
     resumed.load_state_dict(saved)
     assert resumed.param_groups[1]["loss_floor"] == 3.0
+    p.grad = torch.ones_like(p)
+    for value, moves in ((2.9, False), (9.5, True)):
+        resumed.step_func(function_value=value)
+        assert (resumed.param_groups[0]["scheduled_lr"] > 0) == moves
 
 
 # What Prodigy needs of the wrapper
