@@ -154,17 +154,19 @@ def schedule_free_plus(
 
     .. math::
 
+        e' &= p e + (1 - p) \sqrt{\pi / 2} \sum |g|, \qquad
+              \hat e = e' / (1 - p^{k+1}) \\
         lr_k &= \max(lr, \epsilon) \,
                 \max(0, f - f_{low} + \beta_k \sum g \cdot (z - x)) / \hat e \\
         z' &= z - lr_k \frac{\hat m}{\sqrt{\hat v} + \epsilon} - lr_k^2 \lambda y \\
         x' &= (1 - c_k) x + c_k z' \\
         y' &= (1 - \beta_k) z' + \beta_k x'
 
-    with f the loss, and ê the size of the gradient (see the module). The sums run over
-    the whole tree; under ``jit`` over all devices of sharded arrays too, in
-    ``shard_map`` over the axes in ``axis_name``. f is the mean loss of the whole batch,
-    to which the gradients belong: with a loss of its own each replica would take a step
-    of its own. A loss that is not finite gives a step of size 0.
+    with f the loss, :math:`f_{low}` the ``loss_floor`` and p the ``polyak_beta``. The
+    sums run over the whole tree; under ``jit`` over all devices of sharded arrays too,
+    in ``shard_map`` over the axes in ``axis_name``. f is the mean loss of the whole
+    batch, to which the gradients belong: with a loss of its own each replica would take
+    a step of its own. A loss that is not finite gives a step of size 0.
 
     Gradients that were clipped make the sums too small and the step too long. Give
     ``update`` their norm before that too, ``grad_norm=optax.tree.norm(grads)``: the

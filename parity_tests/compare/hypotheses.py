@@ -8,6 +8,7 @@ import ml_dtypes
 
 from parity_tests.reference import Now, Seams
 from parity_tests.registry import OPTIMIZERS
+from parity_tests.registry.options import Options
 from parity_tests.runners.recorded_run import Group
 
 
@@ -45,6 +46,8 @@ def _with(optimizer: str | None = None, **changes: Any) -> Callable[[Group], Any
 
     def seams(group: Group) -> Seams | None:
         options = dataclasses.replace(group.options, **changes)
+        if optimizer:
+            options = _options_of(optimizer, options)
         other = dataclasses.replace(
             group, options=options, optimizer=optimizer or group.optimizer
         )
@@ -52,6 +55,13 @@ def _with(optimizer: str | None = None, **changes: Any) -> Callable[[Group], Any
         return None if other == group or needless else plain(other)
 
     return seams
+
+
+def _options_of(optimizer: str, options: Options) -> Options:
+    """The same options for another optimizer; what only it has is at its default."""
+    kind: Any = OPTIMIZERS[optimizer].options  # a dataclass
+    names = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{n: v for n, v in vars(options).items() if n in names})
 
 
 def _variant(optimizer: str) -> Callable[[Group], Seams | None]:

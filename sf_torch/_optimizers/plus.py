@@ -38,16 +38,21 @@ from sf_torch._step.schedule import Group, one_minus_power
 
 
 class AdamCScheduleFreePlus(AdamWScheduleFree):
-    """ScheduleFree+, AdamC with a Polyak step size, for large runs.
+    r"""ScheduleFree+, AdamC with a Polyak step size, for large runs.
 
-        lr_k = max(lr, eps) · max(0, f - f_low + β_k Σ g·(z - x)) / ê
-        z'   = z - lr_k m̂ / (sqrt(v̂) + eps) - lr_k² λ y
-        x'   = (1 - c_k) x + c_k z'
-        y'   = (1 - β_k) z' + β_k x'
+    .. math::
 
-    with f the loss, and ê the size of the gradient over all groups (see the module).
-    Call ``step_func(function_value=loss)`` after ``loss.backward()``, or
-    ``step(closure)``.
+        e' &= p e + (1 - p) \sqrt{\pi / 2} \sum |g|, \qquad
+              \hat e = e' / (1 - p^{k+1}) \\
+        lr_k &= \max(lr, \epsilon) \,
+                \max(0, f - f_{low} + \beta_k \sum g \cdot (z - x)) / \hat e \\
+        z' &= z - lr_k \frac{\hat m}{\sqrt{\hat v} + \epsilon} - lr_k^2 \lambda y \\
+        x' &= (1 - c_k) x + c_k z' \\
+        y' &= (1 - \beta_k) z' + \beta_k x'
+
+    with f the loss, :math:`f_{low}` the ``loss_floor`` and p the ``polyak_beta``. The
+    sums run over the parameters of all groups. Call
+    ``step_func(function_value=loss)`` after ``loss.backward()``, or ``step(closure)``.
 
     The loss is the mean over all that the gradients are of: over accumulated
     micro-batches, and over the processes that train the model together, since they
