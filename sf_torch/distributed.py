@@ -68,12 +68,15 @@ def mean_loss(loss: float | Tensor, group: dist.ProcessGroup | None = None) -> f
 
     Examples:
       >>> import torch, sf_torch
-      >>> sf_torch.mean_loss(torch.tensor(2.0))  # a single process has the mean
+      >>> loss = torch.tensor(2.0, requires_grad=True)
+      >>> sf_torch.mean_loss(loss)  # a single process has the mean
       2.0
     """
+    # PyTorch warns of a number from what has a graph.
+    number = float(loss.detach() if isinstance(loss, Tensor) else loss)
     if not (dist.is_available() and dist.is_initialized()):
-        return float(loss)
-    return totals([float(loss)], group)[0] / dist.get_world_size(group)
+        return number
+    return totals([number], group)[0] / dist.get_world_size(group)
 
 
 def totals(numbers: Sequence[float], group: dist.ProcessGroup | None) -> list[float]:
