@@ -96,6 +96,14 @@ class State(NamedTuple):
     start: Any  # like params, on the host: where an entry that diverged starts again
 
 
+class Compiled(NamedTuple):
+    """What is compiled for a workload."""
+
+    step: Callable[..., Any]
+    statistics: Callable[..., Any]
+    whole: jax.sharding.Sharding  # where all but batches lie: on each device
+
+
 def optimizer(
     workload: Any, learning_rate: jax.typing.ArrayLike
 ) -> optax.GradientTransformationExtraArgs:
@@ -121,8 +129,8 @@ def begin(workload: Any, x: Any) -> sf_jax.ScheduleFreeState:
 
 def init_optimizer_state(
     workload: Any, model_params: Any, model_state: Any, hyperparameters: Any, rng: Any
-) -> tuple[State, Callable[..., Any]]:
-    """The state, and the compiled step that goes with it."""
+) -> tuple[State, Compiled]:
+    """The state, and the programs that go with it."""
     state = State(
         begin(workload, model_params),
         jnp.asarray(LEARNING_RATE, jnp.float32),
@@ -131,13 +139,20 @@ def init_optimizer_state(
     )
     # The benchmark spreads batches over all devices; everything else is on each.
     mesh = jax.sharding.Mesh(jax.devices(), ("batch",))
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     step = jax.jit(
         functools.partial(_step, workload),
+        in_shardings=(whole, whole, whole, whole, spread, whole),
+        out_shardings=whole,
         donate_argnums=(0, 1, 2),
-        out_shardings=everywhere,
     )
-    return state, step
+    statistics = jax.jit(
+        functools.partial(_statistics, workload),
+        in_shardings=(whole, whole, spread, whole),
+        out_shardings=whole,
+    )
+    return state, Compiled(step, statistics, whole)
 
 
 def _step(
@@ -172,7 +187,6 @@ def _step(
     return state.x, state._replace(x=optax.MaskedNode()), new_model_state
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _statistics(workload: Any, x: Any, model_state: Any, batch: Any, rng: Any) -> Any:
     """The model's state after a batch at x."""
     _, model_state = workload.model_fn(
@@ -198,13 +212,13 @@ def update_params(
     hyperparameters: Any,
     batch: Any,
     loss_type: Any,
-    optimizer_state: tuple[State, Callable[..., Any]],
+    optimizer_state: tuple[State, Compiled],
     eval_results: Sequence[tuple[int, Any]],
     global_step: int,
     rng: Any,
 ) -> tuple[Any, Any, Any]:
     """One step: the state, x and the model's state after it."""
-    (state, step), x = optimizer_state, current_param_container
+    (state, compiled), x = optimizer_state, current_param_container
     if (
         ENTRY.starts_again
         and global_step > 0.1 * workload.step_hint
@@ -217,11 +231,11 @@ def update_params(
                 optimizer=begin(workload, x), learning_rate=state.learning_rate / 2
             )
     if ENTRY.statistics_at_x and global_step % 3 == 0 and jax.tree.leaves(model_state):
-        model_state = _statistics(workload, x, model_state, batch, rng)
-    x, after, model_state = step(
-        x, state.optimizer, model_state, state.learning_rate, batch, rng
-    )
-    return (state._replace(optimizer=after), step), x, model_state
+        model_state = compiled.statistics(x, model_state, batch, rng)
+    # Nothing moves but at a start; there the step would be compiled once more.
+    placed = jax.device_put((x, state.optimizer, model_state), compiled.whole)
+    x, after, model_state = compiled.step(*placed, state.learning_rate, batch, rng)
+    return (state._replace(optimizer=after), compiled), x, model_state
 
 
 def get_batch_size(workload_name: str) -> int:

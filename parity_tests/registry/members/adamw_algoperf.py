@@ -78,9 +78,8 @@ NARROW_V: dict[str, Any] = {**ENTRY, "r": 0.75, "narrow_v": True}
 
 CASES = cases(
     OPTIMIZER,
-    *variations(only={"warmup", "decay_z", "together"}),
+    *variations(only={"decay_z", "together"}),
     ("float64", SEVERAL, FLOAT64),
-    ("bfloat16", SEVERAL, BFLOAT16),
     ("narrow_v", NARROW_V, {}),
     ("narrow_v_bfloat16", NARROW_V, BFLOAT16),
     (

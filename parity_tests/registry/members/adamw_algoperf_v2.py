@@ -18,5 +18,4 @@ OPTIMIZER = Optimizer(
 CASES = cases(
     OPTIMIZER,
     ("entry", adamw_algoperf.ENTRY, {}),
-    ("narrow_v", {**adamw_algoperf.ENTRY, "narrow_v": True}, {}),
 )
