@@ -1,5 +1,6 @@
 """State in bfloat16, rounded at random: the same bits in both frameworks."""
 
+import functools
 import itertools
 from functools import partial
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 import torch
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -16,6 +18,7 @@ import sf_torch
 from benchmarks.sixteen_bits import error as error_of_x
 from parity_tests.reference import rounding as reference
 from sf_jax import _rounding as in_jax
+from sf_jax import torch_checkpoint
 from sf_torch._step import rounding as in_torch
 
 # Threefry2x32 with 20 rounds, from the known answers of its authors (Random123).
@@ -177,6 +180,7 @@ def gradients():
     ]
 
 
+@functools.cache
 def jax_step(name):
     tx = OPTIMIZERS[name][0](state_dtype=B16, rounding="stochastic", seed=5)
 
@@ -291,6 +295,143 @@ def test_a_run_has_the_same_bits_resumed_on_eight_devices_and_elsewhere(name):
     )
 
 
+def sixteen_bits_in_torch(seed=5, **options):
+    """A parameter and its optimizer, in train mode."""
+    p = torch.nn.Parameter(torch.tensor(start()[0].astype(np.float32)).to(T16))
+    narrow = {"state_dtype": T16, "moment_dtype": T16, "rounding": "stochastic"}
+    optimizer = sf_torch.AdamWScheduleFree([p], **(narrow | {"seed": seed} | options))
+    optimizer.train()
+    return torch.nn.ParameterList([p]), optimizer
+
+
+def torch_steps(model, optimizer, first, last):
+    (p,) = model
+    for g in gradients()[0][first:last]:
+        p.grad = torch.tensor(g.astype(np.float32)).to(p.dtype)
+        optimizer.step()
+
+
+def bits_of(model, optimizer):
+    """The bits of y, z and v."""
+    (p,) = model
+    rows = optimizer.state[p]
+    arrays = p.detach(), rows["z"], rows["exp_avg_sq"]
+    assert all(a.dtype == T16 for a in arrays)
+    return [a.view(torch.int16) for a in arrays]
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_file_carries_seed_and_dtypes(mode, tmp_path):
+    model, optimizer = sixteen_bits_in_torch()
+    torch_steps(model, optimizer, 0, 4)
+    for part in (model, optimizer):
+        getattr(part, mode)()
+    sf_torch.save_checkpoint(tmp_path / "run.pt", model, optimizer)
+    # Built to round to nearest and with wide state: the file says otherwise.
+    wide = {"state_dtype": None, "moment_dtype": None, "rounding": "nearest"}
+    again = sixteen_bits_in_torch(seed=6, **wide)
+    sf_torch.load_checkpoint(tmp_path / "run.pt", *again)
+    for run in ((model, optimizer), again):
+        for part in run:
+            part.train()
+        torch_steps(*run, 4, 8)
+    assert all(map(torch.equal, bits_of(model, optimizer), bits_of(*again)))
+
+
+@pytest.mark.slow
+def test_orbax_carries_the_dtypes_and_the_seed_is_the_optimizer_s(tmp_path):
+    tx, run = jax_step("adamw")
+    params = [jnp.asarray(w) for w in start()]
+    grads = [jnp.asarray(g)[:8] for g in gradients()]
+    half = run((params, tx.init(params)), [g[:4] for g in grads])
+    whole = run(half, [g[4:] for g in grads])
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "run", half)
+        checkpointer.wait_until_finished()
+        shapes = jax.eval_shape(lambda: (params, tx.init(params)))
+        back = checkpointer.restore(tmp_path / "run", shapes)
+    assert raw(run(back, [g[4:] for g in grads])) == raw(whole)
+
+
+def test_torch_checkpoint_takes_the_bits_over_and_back():
+    model, optimizer = sixteen_bits_in_torch()
+    torch_steps(model, optimizer, 0, 4)
+    tx = sf_jax.schedule_free_adamw(state_dtype=B16, moment_dtype=B16)
+    params = {"w": jnp.zeros(SHAPES[0], B16)}
+    names = [torch_checkpoint.Leaf("0", "w")]
+    saved = model.state_dict(), optimizer.state_dict()
+    y, state = torch_checkpoint.from_torch(
+        *saved, params, tx.init(params), names=names
+    )[:2]
+    found = y["w"], state.z["w"], state.base_state.nu["w"]
+    for a, b in zip(found, bits_of(model, optimizer), strict=True):
+        assert a.dtype == B16
+        np.testing.assert_array_equal(np.asarray(a).view(np.int16), b.numpy())
+    back = torch_checkpoint.to_torch(y, state, *saved, names=names)
+    for key in ("z", "exp_avg_sq"):
+        there = back[1]["state"][0][key]
+        assert there.dtype == T16
+        assert torch.equal(there, optimizer.state[model[0]][key])
+
+
+def test_a_run_goes_on_in_float32_and_comes_back():
+    """x moves by no more than the rounding of y and z; the options are the group's."""
+    model, optimizer = sixteen_bits_in_torch(lr=0.01)
+    torch_steps(model, optimizer, 0, 20)
+    (x,) = optimizer.eval_params(torch.float32)
+    narrow = {"state_dtype": T16, "moment_dtype": T16, "rounding": "stochastic"}
+    wide = {"state_dtype": None, "moment_dtype": None, "rounding": "nearest"}
+    saved = optimizer.state_dict()
+
+    other = torch.nn.ParameterList([model[0].detach().float()])
+    in_full = sf_torch.AdamWScheduleFree(other, lr=0.01)
+    in_full.load_state_dict(saved)
+    in_full.param_groups[0].update(wide)
+    torch.testing.assert_close(in_full.eval_params()[0], x, rtol=2**-22, atol=0)
+    torch_steps(other, in_full, 20, 25)
+    state = in_full.state[other[0]]
+    assert {a.dtype for a in (state["z"], state["exp_avg_sq"])} == {torch.float32}
+
+    (x,) = in_full.eval_params()
+    saved = in_full.state_dict()
+    again, optimizer = sixteen_bits_in_torch(seed=9)
+    again[0].data.copy_(other[0])
+    optimizer.load_state_dict(saved)
+    optimizer.param_groups[0].update(narrow)
+    torch_steps(again, optimizer, 25, 26)
+    torch_steps(other, in_full, 25, 26)
+    assert bits_of(again, optimizer)
+    (found,), (right,) = optimizer.eval_params(torch.float32), in_full.eval_params()
+    assert torch.all((found - right).abs() <= 3 * 2**-8 / 0.9 * right.abs())
+
+
+def test_a_run_in_jax_goes_on_in_float32_and_comes_back():
+    tx, run = jax_step("adamw")
+    params = [jnp.asarray(w) for w in start()]
+    grads = [jnp.asarray(g)[:4] for g in gradients()]
+    y, state = run((params, tx.init(params)), grads)
+    in_full = sf_jax.schedule_free_adamw(0.01)
+
+    def cast(tree, dtype):
+        return jax.tree.map(lambda a: a.astype(dtype) if a.ndim else a, tree)
+
+    wide_y, wide = cast((y, state), jnp.float32)
+    x = sf_jax.eval_params(state, wide_y)
+    for found, right in zip(sf_jax.eval_params(wide, wide_y), x, strict=True):
+        np.testing.assert_array_equal(found, right)
+    g = [g[0].astype(jnp.float32) for g in grads]
+    updates, wide = in_full.update(g, wide, wide_y)
+    wide_y = optax.apply_updates(wide_y, updates)
+    assert {a.dtype for a in jax.tree.leaves((wide.z, wide.base_state))} == {
+        jnp.dtype(jnp.float32)
+    }
+    right = sf_jax.eval_params(wide, wide_y)
+    y, state = cast((wide_y, wide), B16)
+    found = sf_jax.eval_params(state, cast(y, jnp.float32))
+    for a, b in zip(found, right, strict=True):
+        assert np.all(np.abs(a - b) <= 2 * 2**-8 / 0.9 * np.abs(b))
+
+
 OTHERS = {
     "radam": (
         partial(sf_jax.schedule_free_radam, 0.01, weight_decay=0.01),
@@ -376,6 +517,15 @@ def test_decay_as_published_and_other_members_are_refused():
         sf_torch.GPAAdamW([p], state_dtype=T16, **options)
     with pytest.raises(ValueError, match="an option of SGD, AdamW, RAdam and GPA"):
         sf_torch.MuonScheduleFree([{"params": [p], "rounding": "stochastic"}])
+
+
+def test_a_compiled_step_rounds_like_the_eager_one():
+    """It calls the plain formula, since the random bits go by a parameter's place."""
+    eager, compiled = sixteen_bits_in_torch(), sixteen_bits_in_torch()
+    compiled[1].step = torch.compile(compiled[1].step, backend="eager")
+    for run in (eager, compiled):
+        torch_steps(*run, 0, 3)
+    assert all(map(torch.equal, bits_of(*eager), bits_of(*compiled)))
 
 
 def test_kernels_that_round_to_nearest_are_refused():
