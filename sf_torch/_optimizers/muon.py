@@ -18,6 +18,7 @@ from torch.optim.optimizer import ParamsT
 from sf_torch import _checks
 from sf_torch._optimizers.growing import Growing
 from sf_torch._optimizers.wrapper import ScheduleFreeWrapper
+from sf_torch._step.batches import is_flat
 from sf_torch._step.numbers import EPS_FLOOR
 from sf_torch._step.schedule import Group
 from sf_torch.bases import CombinedOptimizer, Muon
@@ -83,7 +84,8 @@ class MuonScheduleFree(ScheduleFreeWrapper):
         this new β, although the former formed y, so that it comes nearer to z.
 
     Raises:
-      ValueError: an argument out of its range, or a group with betas of its own.
+      ValueError: an argument out of its range, a group with betas of its own, or
+        parameters of FSDP1, which are flat parts of matrices.
       TypeError: ``warmup_steps`` or ``ns_steps`` that is not a whole number, or params
         that are one tensor.
 
@@ -242,6 +244,12 @@ def _by_dimensions(params: ParamsT) -> tuple[list[Any], list[Any]]:
             )
         params = group["params"]
         members = [params] if isinstance(params, Tensor) else list(params)
+        if any(is_flat(_parameter(m)) for m in members):
+            raise ValueError(
+                "the parameters are parts of FSDP1's, which are flat, and Muon needs "
+                "whole matrices. Use fully_shard (FSDP2), whose parameters keep their "
+                "shapes, or DistributedDataParallel."
+            )
         for kind, wants_matrices in ((matrices, True), (rest, False)):
             of_kind = [m for m in members if _is_matrix(m) == wants_matrices]
             if of_kind:
@@ -249,7 +257,12 @@ def _by_dimensions(params: ParamsT) -> tuple[list[Any], list[Any]]:
     return matrices, rest
 
 
+def _parameter(member: Any) -> Tensor:
+    """The parameter itself, where a pair (name, parameter) was given."""
+    return member[1] if isinstance(member, tuple) else member
+
+
 def _is_matrix(member: Any) -> bool:
     """Whether a parameter, or a pair (name, parameter), is Muon's."""
-    p = member[1] if isinstance(member, tuple) else member
+    p = _parameter(member)
     return bool(p.ndim == 2 and p.is_floating_point())

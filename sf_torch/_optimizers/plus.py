@@ -32,7 +32,7 @@ from sf_torch import _checks, distributed
 from sf_torch._optimizer import ScheduleFree, bookkeeping
 from sf_torch._optimizers.adamw import AdamWScheduleFree
 from sf_torch._optimizers.forms import Reference
-from sf_torch._step.batches import of_all_shards, wide_dtype
+from sf_torch._step.batches import is_flat, of_all_shards, wide_dtype
 from sf_torch._step.numbers import Numbers
 from sf_torch._step.schedule import Group, one_minus_power
 
@@ -201,7 +201,7 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
                 "host, from the loss. Leave it out."
             )
         super()._check_group(group, first)
-        if self.process_group is None and any(map(_is_flat, group["params"])):
+        if self.process_group is None and any(map(is_flat, group["params"])):
             raise ValueError(
                 "the parameters are parts of FSDP1's, and a step size from the sums "
                 "over one part would differ between processes. Pass process_group=, "
@@ -428,8 +428,3 @@ def _square(g: Tensor) -> Tensor:
 
 def _number(value: float | Tensor) -> float:
     return float(of_all_shards(value) if isinstance(value, Tensor) else value)
-
-
-def _is_flat(p: Tensor) -> bool:
-    """Whether the parameter is FSDP1's: a part that does not know of the whole."""
-    return hasattr(p, "_is_flat_param") or hasattr(p, "_fsdp_flattened")

@@ -119,6 +119,11 @@ def of_all_shards(number: Tensor) -> Tensor:
     return number.full_tensor() if hasattr(number, "full_tensor") else number
 
 
+def is_flat(p: Tensor) -> bool:
+    """Whether the parameter is FSDP1's: a part that does not know of the whole."""
+    return hasattr(p, "_is_flat_param") or hasattr(p, "_fsdp_flattened")
+
+
 def same_device(tensors: Sequence[Tensor]) -> bool:
     """Whether one kernel can reach them all."""
     return all(t.device == tensors[0].device for t in tensors)

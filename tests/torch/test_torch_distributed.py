@@ -60,6 +60,17 @@ if fused.works_on(torch.device("cpu")):  # in Triton's interpreter
     )
 
 
+FAMILY = {
+    "radam": lambda params: sf_torch.RAdamScheduleFree(
+        params, lr=0.05, silent_sgd_phase=False
+    ),
+    "refined": lambda params: sf_torch.AdamWScheduleFreeRefined(
+        params, lr=0.05, refined_c=20.0
+    ),
+    "gpa": lambda params: sf_torch.GPAAdamW(params, lr=0.05),
+    "muon": lambda params: sf_torch.MuonScheduleFree(params, lr=0.05),
+    "normuon": lambda params: sf_torch.MuonScheduleFree(params, lr=0.05, row_b2=0.95),
+}
 # In pipeline stages the sums of ScheduleFree+ need a group; it has a check of its own.
 PLAIN = [name for name in BUILDS if name != "plus"]
 
@@ -398,6 +409,16 @@ def fsdp1_trains_to_the_same_x_and_switches_modes(rank, folder):
             close([p.detach() for p in model.parameters()], one_process(name))
 
 
+def muon_refuses_the_parts_of_fsdp1(rank, folder):
+    for originals in (False, True):
+        model = FullyShardedDataParallel(
+            network(), device_id=torch.device("cpu"), use_orig_params=originals
+        )
+        for params in (model.parameters(), [{"params": model.named_parameters()}]):
+            with pytest.raises(ValueError, match=r"Use fully_shard \(FSDP2\)"):
+                sf_torch.MuonScheduleFree(params)
+
+
 def tensor_parallel_trains_to_the_same_x(rank, folder):
     mesh = init_device_mesh("cpu", (WORLD,))
     for name in BUILDS:
@@ -466,7 +487,7 @@ def zero_redundancy_optimizers_switch_as_documented(rank, folder):
     for kind, options in (
         (sf_torch.SGDScheduleFree, {"lr": 0.1}),
         (sf_torch.AdamWScheduleFree, {"lr": 0.05, "weight_decay": 0.1}),
-        (sf_torch.RAdamScheduleFree, {"lr": 0.05}),
+        (sf_torch.RAdamScheduleFree, {"lr": 0.05, "silent_sgd_phase": False}),
     ):
         model = DistributedDataParallel(network())
         optimizer = namespace["Zero"](model.parameters(), kind, **options)
@@ -484,6 +505,20 @@ def zero_redundancy_optimizers_switch_as_documented(rank, folder):
         train(model, optimizer, 2, start=6, rank=rank)
         train(alone, expected, 2, start=6)
         close([p.detach() for p in model.parameters()], list(alone.parameters()))
+
+
+def the_family_trains_to_the_same_x(rank, folder):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    for build in FAMILY.values():
+        alone = network()
+        expected = build(alone.parameters())
+        train(alone, expected, 6)
+        replicated, shards = DistributedDataParallel(network()), network()
+        fully_shard(shards, mesh=mesh)
+        for model in (replicated, shards):
+            optimizer = build(model.parameters())
+            train(model, optimizer, 6, rank=rank)
+            close(optimizer.eval_params(), expected.eval_params())
 
 
 def hsdp_trains_to_the_same_x_and_resumes(rank, folder):
@@ -547,11 +582,13 @@ CHECKS = [
     modes_in_a_group_of_others_are_refused,
     flattened_checkpoints_resume,
     fsdp1_trains_to_the_same_x_and_switches_modes,
+    muon_refuses_the_parts_of_fsdp1,
     tensor_parallel_trains_to_the_same_x,
     pipeline_stages_train_to_the_same_x,
     zero_redundancy_optimizers_switch_as_documented,
 ]
-ON_TWO_AXES = [
+IN_FOUR = [
+    the_family_trains_to_the_same_x,
     hsdp_trains_to_the_same_x_and_resumes,
     tensor_parallel_under_fsdp_trains_to_the_same_x,
 ]
@@ -585,7 +622,7 @@ def group(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    return outcomes_of(ON_TWO_AXES, 4, tmp_path_factory)
+    return outcomes_of(IN_FOUR, 4, tmp_path_factory)
 
 
 def outcomes_of(checks, world, tmp_path_factory):
@@ -611,7 +648,7 @@ def test_in_two_processes(group, check, rank):
 
 @pytest.mark.slow  # four processes
 @pytest.mark.parametrize("rank", range(4))
-@pytest.mark.parametrize("check", [check.__name__ for check in ON_TWO_AXES])
+@pytest.mark.parametrize("check", [check.__name__ for check in IN_FOUR])
 def test_in_four_processes(four, check, rank):
     error = four[1][check, rank]
     assert error is None, f"in process {rank}:\n{error}"
