@@ -68,7 +68,9 @@ def everything_raises_in_turn(params, optimizer, act, stride=1):
                 act()
             break
         except RuntimeError as error:  # as a model's load_state_dict says it
+            # Not what is refused because of it: a form that restores its mode.
             assert "made up" in str(error)  # noqa: PT017
+            assert "half-way" not in str(error)  # noqa: PT017
             if optimizer._spoiled is None:
                 assert identical(held(params, optimizer), before), n
                 unmoved += 1
@@ -202,17 +204,6 @@ def test_a_closure_that_raises_has_moved_nothing(name):
         optimizer.step(lambda: 1 / 0)
     assert identical(held(params, optimizer), before)
     run(optimizer, params, range(2, 3))
-
-
-def test_an_exception_within_eval_mode_is_not_hidden_by_another():
-    model = model_of()
-    optimizer = sf_torch.SGDScheduleFreeClosure(model.parameters(), lr=0.1)
-    gradients(model, 4)
-    optimizer.step(lambda: None)
-    gradients(model, 5)
-    with pytest.raises(torch.OutOfMemoryError), OutOfMemory(12):
-        optimizer.step(lambda: None)
-    refuses(optimizer.state_dict)
 
 
 def test_a_kernel_that_cannot_be_launched_spoils_the_optimizer(monkeypatch):
