@@ -40,6 +40,7 @@ def test_the_sign_and_what_scales_are_found_before_training():
         sf_jax.check_optimizer(chain(sf_jax.schedule_free_sgd(0.1), *last), PARAMS)
 
 
+@pytest.mark.slow
 def test_unfound_the_sign_would_climb():
     tx = chain(sf_jax.schedule_free_sgd(0.1), optax.scale(-1.0))
     params, state = PARAMS, tx.init(PARAMS)
@@ -54,6 +55,7 @@ def test_with_the_schedule_inside_the_same_chain_passes():
     sf_jax.check_optimizer(tx, PARAMS)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_rehearsed_says_so():
     with pytest.raises(ValueError, match="z moved 0 times in 300 calls"):
         sf_jax.check_optimizer(sf_jax.schedule_free_sgd(lambda step: 0.0), PARAMS)

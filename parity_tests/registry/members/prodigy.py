@@ -93,7 +93,6 @@ CASES = cases(
     OPTIMIZER,
     ("plain", _STABLE, ON_NETWORK),
     ("stream", _STREAM, {}),
-    ("warmup", {**_STABLE, "warmup_steps": 20}, ON_NETWORK),
     (
         "together",
         {**_STABLE, **DECAY, "lr": Linear(0.1, 0.3), "inner_momentum": 0.9, "r": 0.5},
