@@ -194,7 +194,9 @@ class ProdigyScheduleFree(ScheduleFreeWrapper):
         first = self.param_groups[0]
         d, k = first["d"], first["k"]
         next_zs = super()._moved_by_base(loss, closure)
-        if first["k"] > k:  # while all gradients are 0, Prodigy waits
+        if first["k"] == k:  # while all gradients are 0, Prodigy waits
+            return next_zs
+        with self._moving():  # as the base has
             for p, (x, group) in decays.items():
                 share = d * float(group["lr"]) * group["weight_decay_at_x"]
                 z = local(next_zs[p])

@@ -15,6 +15,10 @@ ADAMW = {"lr": 0.02, "weight_decay": 0.5, "warmup_steps": 3}
 MOMENTUM = {**ADAMW, "inner_momentum": 0.9}
 RADAM = {"lr": 0.02, "weight_decay": 0.5, "silent_sgd_phase": False}
 PLUS = {"lr": 0.5, "weight_decay": 1.0, "polyak_beta": 0.5, "c_warmup": 2}
+AMUSE = {
+    "betas": (sf_torch.growing_b1(0.6, 3, 0.8), 0.9),
+    "upstream_compatible": True,
+}
 GPA = {"lr": 0.1, "weight_decay": 0.5}
 
 
@@ -63,7 +67,13 @@ MEMBERS = {
         },
         "MuonScheduleFree": ADAMW,
         "MuonScheduleFree/rows": {**ADAMW, "row_b2": 0.9},
+        "MuonScheduleFree/amuse": {**ADAMW, **AMUSE},
         "ProdigyScheduleFree": {**ADAMW, "estim_lr0": 0.01},
+        "ProdigyScheduleFree/algoperf": {
+            **ADAMW,
+            "estim_lr0": 0.01,
+            "variant": "algoperf",
+        },
         "ScheduleFreeWrapper": {**RMSPROP, "warmup_steps": 3},
         "ScheduleFreeWrapperReference": RMSPROP,
         "ScheduleFreeWrapperClosure": RMSPROP,
