@@ -46,6 +46,7 @@ def train_arrays() -> jax.Array:
         ),
     )
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)}
+    sf_jax.check_optimizer(tx, params)
     state = tx.init(params)
 
     @jax.jit
@@ -190,11 +191,13 @@ def step_with_closures() -> None:
         optimizer.step(lambda: float(closure().detach()))
     plus = sf_torch.AdamCScheduleFreePlus([w])
     plus.train()
-    plus.step_func(function_value=closure().detach())
+    plus.step_func(function_value=sf_torch.mean_loss(closure().detach()))
     wrapper = sf_torch.ScheduleFreeWrapper(torch.optim.RMSprop([w], lr=0.1))
     with wrapper.train_mode():
         wrapper.step(closure)
-    sf_torch.MuonScheduleFree([w, torch.nn.Parameter(torch.ones(2, 2))], lr=0.1)
+    matrix = torch.nn.Parameter(torch.ones(2, 2))
+    growing = sf_torch.growing_b1(0.9, steps=10)
+    sf_torch.MuonScheduleFree([w, matrix], lr=0.1, betas=(growing, 0.99))
     sf_torch.GPAAdamW([("w", w)], mu_x=0.99)
 
 

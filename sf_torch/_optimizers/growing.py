@@ -42,9 +42,12 @@ class Growing:
 
 
 def growing_b1(b1: float = 0.9, steps: int = 1000, rho: float = 0.5) -> Growing:
-    """A β that grows towards 1: gradients near z at first, near x later on.
+    r"""A β that grows towards 1: gradients near z at first, near x later on.
 
-        1 - β_t = (1 - β_1) ((T_0 - 1) / (t - 1))^ρ after T_0 steps
+    .. math::
+
+        1 - \beta_t = (1 - \beta_1) \left( \frac{T_0 - 1}{t - 1} \right)^\rho
+        \quad\text{after } T_0 \text{ steps}
 
     with t = 1 at the first gradient. It is ``sf_jax.growing_b1``, for the first of the
     ``betas`` of :class:`MuonScheduleFree` and the ``momentum`` of any wrapper. Other
