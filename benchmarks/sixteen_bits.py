@@ -40,16 +40,22 @@ FORMS: dict[str, tuple[Any, dict[str, Any]]] = {
 B2 = (0.999, 0.9999)
 
 
-def problem(seed: int) -> tuple[np.ndarray, np.ndarray]:
+def problem(seed: int, steps: int = 3000) -> tuple[np.ndarray, np.ndarray]:
     """The minimum, and a row about it for each step."""
     rng = np.random.default_rng(seed)
     minimum = rng.normal(size=256)
-    return minimum, minimum + rng.normal(size=(3000, 256))
+    return minimum, minimum + rng.normal(size=(steps, 256))
 
 
 def error(seed: int, dtype: Any, **options: Any) -> float:
     """Mean squared error of x."""
-    minimum, rows = problem(seed)
+    x = x_of(seed, dtype, **options)
+    return float(np.mean((x - problem(seed)[0]) ** 2))
+
+
+def x_of(seed: int, dtype: Any, steps: int = 3000, **options: Any) -> np.ndarray:
+    """x after the steps, recovered in float32."""
+    _, rows = problem(seed, steps)
     tx = sf_jax.schedule_free_adamw(0.01, **options)
 
     def step(carry: Any, row: jax.Array) -> Any:
@@ -60,10 +66,10 @@ def error(seed: int, dtype: Any, **options: Any) -> float:
     @jax.jit
     def run(params: jax.Array, rows: jax.Array) -> jax.Array:
         params, state = jax.lax.scan(step, (params, tx.init(params)), rows)[0]
-        return sf_jax.eval_params(state, params)
+        return sf_jax.eval_params(state, params.astype(jnp.float32))
 
     x = run(jnp.zeros(256, dtype), jnp.asarray(rows, dtype))
-    return float(np.mean((np.asarray(x, np.float64) - minimum) ** 2))
+    return np.asarray(x, np.float64)
 
 
 def errors_in_torch(seeds: Sequence[int], sixteen_bits: bool) -> list[float]:
