@@ -161,15 +161,13 @@ OPTIMIZERS = {
     ),
 }
 SHAPES, STEPS = ((64, 16), (32,)), 300
-# A compiler joins products and sums, so that float32 differs in its last digits by a
-# few 2^-24; over 300 steps of three arrays that turns the rounding to 2^-8, with a
-# probability of some 2^-16 each time, in 2% of the elements.
-SAME = 0.98
 
 
 def start():
+    """Weights too large to halve, double or change their sign within a step: optax adds
+    an update in bfloat16 to y, and such an update is rounded."""
     rng = np.random.default_rng(0)
-    return [(2 + 0.2 * rng.normal(size=s)).astype(jnp.bfloat16) for s in SHAPES]
+    return [(8 + 0.8 * rng.normal(size=s)).astype(jnp.bfloat16) for s in SHAPES]
 
 
 def gradients():
@@ -276,16 +274,11 @@ def test_a_run_has_the_same_bits_resumed_on_eight_devices_and_elsewhere(name):
         pairs = {"y": (y[i], p), "z": (state.z[i], states[i]["z"])}
         if OPTIMIZERS[name][2]:
             pairs["v"] = state.base_state.nu[i], states[i]["exp_avg_sq"]
-        same = [
-            np.mean(np.asarray(a, np.float32) == b.detach().float().numpy())
-            for a, b in pairs.values()
-        ]
-        if in_numpy is not None:
-            same += [
-                np.mean(np.asarray(a, np.float32) == in_numpy[i][key])
-                for key, (a, _) in pairs.items()
-            ]
-        assert min(same) >= SAME
+        for key, (a, b) in pairs.items():
+            theirs = b.detach().float().numpy()
+            np.testing.assert_array_equal(np.asarray(a, np.float32), theirs)
+            if in_numpy is not None:
+                np.testing.assert_array_equal(theirs, in_numpy[i][key])
     size = sum(t.nbytes for t in states[0].values() if isinstance(t, torch.Tensor))
     arrays = 1 + OPTIMIZERS[name][2]
     assert size == 2 * arrays * ours[0].numel()
@@ -471,7 +464,7 @@ def test_the_members_that_step_like_adamw_round_alike_too(name):
         (state.base_state.nu, rows["exp_avg_sq"]),
     ):
         assert a.dtype == B16
-        assert np.mean(np.asarray(a, np.float32) == b.float().numpy()) >= SAME
+        np.testing.assert_array_equal(np.asarray(a, np.float32), b.float().numpy())
     assert not np.array_equal(np.asarray(y), w)
 
 
