@@ -25,6 +25,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 LOADED = {"img": "src", "script": "src", "iframe": "src", "source": "src"}
 # Counts what has no size, after all has been loaded, and says so in the title.
 _LOOK = """<script>addEventListener("load", () => setTimeout(() => {
@@ -188,9 +189,9 @@ def wrong_in_browser(browser: str, site: Path) -> list[str]:
 
 def main(site: Path) -> int:
     wrong = wrong_links(site) + wrong_formulas(site)
-    browser = shutil.which("chromium") or shutil.which("chromium-browser")
-    if browser:
-        wrong += wrong_in_browser(browser, site)
+    found = list(filter(None, map(shutil.which, BROWSERS)))
+    if found:
+        wrong += wrong_in_browser(found[0], site)
     else:
         print("SKIPPED the browser: Chromium is not installed")
     print("\n".join(wrong) or f"{len(list(site.rglob('*.html')))} pages hold.")
