@@ -10,6 +10,9 @@ The first frame says what is being recorded and where it stands, one frame follo
 each step, and one for each call of :meth:`Recorder.evaluated`. A run that was killed is
 readable up to its last whole step: its last frame is cut off. Anything else that is
 not whole is damage, which the length's own checksum tells apart.
+
+A frame whose checksums hold may still be malformed, since anybody can write a file. It
+is refused too. Reading a file takes the memory of its largest frame.
 """
 
 import json
@@ -28,6 +31,11 @@ from sf_torch._files import write_whole
 FORMAT = 2
 _LENGTH = struct.Struct("<QI")
 _SUM = struct.Struct("<I")
+_JSON = struct.Struct("<Q")  # length of the JSON at the begin of a safetensors file
+# Read into Python objects, JSON takes up to 24 times its bytes. AdamW's first frame
+# has 600 bytes for a parameter with a name of 50 letters.
+MOST_JSON = 1 << 24
+_KINDS = ("start", "step", "evaluated")
 
 
 class Frame(NamedTuple):
@@ -63,10 +71,10 @@ class Recorder:
                 "from one recorded y and x to the next; gradients are always recorded."
             )
         _safetensors()
-        refuse_sharded({name: p for p, name in _names(optimizer, model).items()})
+        self._names = _names(optimizer, model)
+        refuse_sharded({name: p for p, name in self._names.items()})
         self.optimizer, self.path, self.every = optimizer, path, every
         self.step = 0
-        self._names = _names(optimizer, model)
         self._grads: dict[str, Tensor] = {}
         self._stepping = False
         self._file: IO[bytes] | None = None
@@ -252,6 +260,11 @@ class Recorder:
         frame = {"kind": kind, "step": self.step, **info, "groups": self._groups()}
         metadata = {"frame": json.dumps(frame)}
         blob = _safetensors().save(tensors, metadata)
+        if (size := _JSON.unpack_from(blob)[0]) > MOST_JSON:
+            raise ValueError(
+                f"the names and options of a frame take {size} bytes, and a record "
+                f"holds up to {MOST_JSON}. Record an optimizer over fewer parameters."
+            )
         length = _LENGTH.pack(len(blob), zlib.crc32(blob))
         return length + _SUM.pack(zlib.crc32(length)) + blob
 
@@ -283,7 +296,7 @@ def record(
 
     Raises:
       ValueError: ``every`` that is not a positive integer, or a parameter that is not
-        the model's, or is sharded over processes.
+        the model's, or is sharded over processes, or has the name of another.
       OSError: the file cannot be written, from the block's begin or a step.
       ImportError: safetensors is not installed.
 
@@ -312,16 +325,23 @@ def read_record(path: str | os.PathLike[str]) -> Iterator[Frame]:
     """The frames of a recorded run, one at a time, up to the last whole one.
 
     Raises:
-      ValueError: the file holds no recorded run, or is damaged; then once the frames
-        before the damage have been given.
+      ValueError: the file holds no recorded run, or is damaged or malformed; then once
+        the frames before the damage have been given.
     """
     last = None
     with open(path, "rb") as file:
         while (blob := _next_blob(file, path, last)) is not None:
-            frame = _frame(blob)
-            if last is None and frame.info.get("format") != FORMAT:
-                break
-            if last is not None and frame.step != last + (frame.kind == "step"):
+            try:
+                frame = _frame(blob)
+            except Exception as error:  # as many kinds as there are ways to be wrong
+                raise ValueError(
+                    f"{path} is malformed in {_place(last)}: "
+                    f"{type(error).__name__}: {error}. Record the run again."
+                ) from error
+            if last is None:
+                if frame.kind != "start" or frame.info.get("format") != FORMAT:
+                    break
+            elif frame.kind == "start" or frame.step != last + (frame.kind == "step"):
                 raise ValueError(
                     f"{path} has step {frame.step} after step {last}: two processes "
                     "have recorded to it. Give each a path of its own."
@@ -348,24 +368,41 @@ def _next_blob(
         # Not read before it is known to be there: a header can be made up.
         if length > os.fstat(file.fileno()).st_size - file.tell():
             return None
-        blob = file.read(length)
-        if zlib.crc32(blob) == crc:
-            return blob
+        begin = file.read(min(length, _JSON.size))
+        if len(begin) == _JSON.size and _JSON.unpack(begin)[0] <= MOST_JSON:
+            file.seek(-len(begin), os.SEEK_CUR)
+            blob = file.read(length)
+            if zlib.crc32(blob) == crc:
+                return blob
     if last is None and not whole:
         return None  # another kind of file
-    where = "its first frame" if last is None else f"the frame after step {last}"
     raise ValueError(
-        f"{path} is damaged in {where}; those before it are whole. Record the run "
-        "again, or give a copy of the file."
+        f"{path} is damaged in {_place(last)}; those before it are whole. Record the "
+        "run again, or give a copy of the file."
     )
 
 
+def _place(last: int | None) -> str:
+    return "its first frame" if last is None else f"the frame after step {last}"
+
+
 def _frame(blob: bytes) -> Frame:
-    (length,) = struct.unpack("<Q", blob[:8])
-    header = json.loads(blob[8 : 8 + length])
-    info = json.loads(header.get("__metadata__", {}).get("frame", "{}"))
-    tensors = _safetensors().load(blob)
-    return Frame(info.pop("kind", ""), info.pop("step", 0), info, tensors)
+    """The frame in a blob; an exception of any kind where it holds none."""
+    tensors = _safetensors().load(blob)  # looks at the structure of the JSON, too
+    (length,) = _JSON.unpack_from(blob)
+    header = json.loads(blob[8 : 8 + length], object_pairs_hook=_named_once)
+    info = json.loads(header["__metadata__"]["frame"], object_pairs_hook=_named_once)
+    kind, step = info.pop("kind"), info.pop("step")
+    if kind not in _KINDS or type(step) is not int:
+        raise ValueError(f"there is no frame of kind {kind!r} and step {step!r}")
+    return Frame(kind, step, info, tensors)
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an entry is there twice")
+    return found
 
 
 def _names(optimizer: Any, model: torch.nn.Module | None) -> dict[Tensor, str]:
@@ -382,6 +419,11 @@ def _names(optimizer: Any, model: torch.nn.Module | None) -> dict[Tensor, str]:
                     "is not the model's. Pass the model that it was built over."
                 )
             names[p] = known.get(p, name)
+    if len(set(names.values())) < len(names):
+        raise ValueError(
+            "two parameters of the optimizer have the same name. Name them apart where "
+            "you give names to its groups, or pass model=."
+        )
     return names
 
 

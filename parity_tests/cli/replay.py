@@ -56,6 +56,7 @@ class Worst:
     ulps: float = 0.0  # the distance there
     where: str = ""
     parted: str = ""  # the first place beyond the limit; empty if there is none
+    compared: int = 0  # numbers that were compared
 
     def see(self, ulps: float, step: int, what: str) -> None:
         ratio = ulps / (self.limit * max(1.0, step / _LIMIT_STEPS))
@@ -123,8 +124,8 @@ def replay(
       where that was too far.
 
     Raises:
-      ValueError: no recorded run, or one of an optimizer without a reference, or a
-        setting that is unknown.
+      ValueError: no recorded run, or one of an optimizer without a reference, or one
+        with nothing to compare, or a setting that is unknown.
     """
     run = Run(path)
     recorded = run.groups
@@ -134,6 +135,11 @@ def replay(
     with jax.enable_x64(run.is_double):
         voices: list[Any] = [_InJax(run), _InReference(run, Hypothesis("", plain))]
         jax_worst, reference_worst = _drive(run, voices, [limit, limit])
+    if not reference_worst.compared:
+        raise ValueError(
+            f"{path} has nothing to compare: no y or x with elements in its "
+            f"{run.steps} steps. Record with a smaller every, or call evaluated()."
+        )
     apart = {n for group in run.groups if group.counts_apart for n in group.names}
     gaps_apart = any(
         kind == "step" and apart - grads.keys() for kind, _, grads, _, _ in run.frames()
@@ -173,6 +179,7 @@ def _drive(run: Run, voices: list[Any], limits: list[float]) -> list[Worst]:
                 ours = voice.get("evaluated" if evaluated else sequence)
                 what = "weights evaluated" if evaluated else sequence
                 for name, leaf in recorded.items():
+                    worst.compared += leaf.size
                     worst.see(_ulps(leaf, ours[name]), step, f"{what}, {name}")
     return worsts
 
@@ -386,7 +393,8 @@ def main(
     try:
         verdict = replay(path, settings)
     except (OSError, ValueError) as error:
-        console.print(str(error), markup=False)
+        line = " ".join(str(error).split())
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
         return 2
     show(verdict, console)
     return 0 if verdict.ok else 1

@@ -15,6 +15,7 @@ from parity_tests.reference import Leaves
 from parity_tests.registry import OPTIMIZERS
 from parity_tests.registry.options import Options
 from sf_torch import read_record
+from sf_torch._record import Frame
 
 # By the PyTorch class without its form, the name of the optimizer in the registry.
 _CLASSES = {row.replays: name for name, row in OPTIMIZERS.items() if row.replays}
@@ -60,12 +61,13 @@ class Run:
     """A recorded run: its initial state, and its steps, read from the file when needed.
 
     Raises:
-      ValueError: an optimizer or options that the reference does not cover.
+      ValueError: an optimizer or options that the reference does not cover, or frames
+        that do not fit each other.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = path
-        start, *rest = (frame._replace(tensors={}) for frame in read_record(path))
+        start, *rest = _checked(path)
         steps = [frame for frame in rest if frame.kind == "step"]
         if not steps:
             raise ValueError(f"{path} holds no step. Record at least one.")
@@ -139,6 +141,11 @@ class Run:
             values = tuple(groups[i][key] for groups in steps)
             return values[0] if len(set(values)) == 1 else Changing(self.k, values)
 
+        if saved.get("rounding") == "stochastic":
+            raise ValueError(
+                'the run was rounded at random (rounding="stochastic"), and a replay '
+                'rounds to nearest. Record a run with rounding="nearest".'
+            )
         options: dict[str, Any] = {"lr": option("lr"), "b1": option("b1")}
         options |= {key: saved[key] for key in _SAME_NAMES if key in saved}
         if "betas" in saved:
@@ -184,6 +191,71 @@ class Run:
                     for prefix in ("grad", "y", "x")
                 )
                 yield frame.kind, frame.step, grads, y, x
+
+
+def _checked(path: str | os.PathLike[str]) -> Iterator[Frame]:
+    """The frames without their tensors, of which each is looked at first.
+
+    Raises:
+      ValueError: names, shapes, dtypes or counts do not fit those of the first frame,
+        or a gradient or what the run begins with is not finite.
+    """
+    shapes: dict[str, Any] = {}
+    k = 0
+    for frame in read_record(path):
+        try:
+            if frame.kind == "start":
+                shapes, k = _shapes(frame), int(frame.info["groups"][0].get("k", 0))
+            _check(frame, shapes, k)
+        except (AttributeError, KeyError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"{path} is malformed at step {frame.step}: {type(error).__name__}: "
+                f"{error}. Record the run again."
+            ) from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}, at step {frame.step}") from error
+        yield frame._replace(tensors={})
+
+
+def _shapes(start: Frame) -> dict[str, Any]:
+    names = [name for group in start.info["groups"] for name in group["params"]]
+    y = start.named("y")
+    if sorted(names) != sorted(y):
+        raise ValueError("the names of the groups are not those of y")
+    return {name: leaf.shape for name, leaf in y.items()}
+
+
+def _check(frame: Frame, shapes: Mapping[str, Any], k: int) -> None:
+    groups = frame.info["groups"]
+    names = [name for group in groups for name in group["params"]]
+    if sorted(names) != sorted(shapes):
+        raise ValueError("the parameters are not those of the first frame")
+    counts = {group.get("k", 0) for group in groups}
+    if frame.kind != "start" and counts != {k + frame.step}:
+        raise ValueError(f"the groups count {counts} steps, not {k + frame.step}")
+    for key in frame.tensors:
+        name = next((n for n in shapes if key.endswith(f".{n}")), None)
+        prefix = key.partition(".")[0]
+        if name is None or prefix not in ("grad", "y", "x", "state"):
+            raise ValueError(f"{key[:80]!r} is of no parameter")
+    for prefix in ("grad", "y", "x"):
+        leaves = frame.named(prefix)
+        if prefix != "grad" and leaves and leaves.keys() != shapes.keys():
+            raise ValueError(f"{prefix} is there for some parameters only")
+        for name, leaf in leaves.items():
+            if leaf.shape != shapes[name] or not _is_inexact(leaf):
+                raise ValueError(
+                    f"{prefix} of {name[:80]!r} is {leaf.dtype} of shape "
+                    f"{tuple(leaf.shape)}, and its parameter {tuple(shapes[name])}"
+                )
+            if (
+                prefix == "grad" or frame.kind == "start"
+            ) and not leaf.isfinite().all():
+                raise ValueError(f"{prefix} of {name[:80]!r} is not finite")
+
+
+def _is_inexact(leaf: torch.Tensor) -> bool:
+    return leaf.is_floating_point() or leaf.is_complex()
 
 
 def _changes(steps: list[Any]) -> list[str]:
