@@ -305,9 +305,7 @@ def rule(
         x = jax.tree.map(move_x, places, z, stored_x)
         updates = jax.tree.map(move_y, places, state.z, z, params, x)
         return updates, ScheduleFreeState(
-            # At its largest value it stays. (optax's function for it has a new name
-            # since 0.2.4; AlgoPerf pins 0.2.2.)
-            count=state.count + (state.count < jnp.iinfo(state.count.dtype).max),
+            count=_one_more(state.count),
             b1=jnp.asarray(b1_of_y, scalar_dtype()),
             weight_ratio=weights.ratio.hi,
             weight_ratio_lo=weights.ratio.lo,
@@ -502,6 +500,14 @@ def as_dtype(array: jax.typing.ArrayLike, dtype: jax.typing.DTypeLike) -> jax.Ar
     if isinstance(array, jax.Array) and array.dtype == dtype and not array.weak_type:
         return array
     return jnp.asarray(array, dtype)
+
+
+def _one_more(count: jax.Array) -> jax.Array:
+    """At its largest value the count stays.
+
+    optax's function for it has a new name since 0.2.4, and AlgoPerf pins 0.2.2.
+    """
+    return count + (count < jnp.iinfo(count.dtype).max).astype(count.dtype)
 
 
 def may_be_zero(b1: jax.typing.ArrayLike) -> bool:

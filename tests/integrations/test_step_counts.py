@@ -30,8 +30,8 @@ wholes = pytest.mark.parametrize("whole", [0, 2])
 
 
 def over(params, make, **options):
-    """The optimizer over these parameters; the wrapper is over another one."""
-    if make is sf_torch.ScheduleFreeWrapper:
+    """The optimizer over these parameters; a wrapper is over another one."""
+    if make in (sf_torch.ScheduleFreeWrapper, sf_torch.ScheduleFreeWrapperClosure):
         params = torch.optim.SGD(params, lr=0.1)
     return make(params, **options)
 
