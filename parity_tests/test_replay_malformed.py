@@ -1,6 +1,8 @@
 """A record that cannot be replayed, or shows nothing, exits with 2 and one line."""
 
+import itertools
 import json
+import math
 import struct
 import tracemalloc
 import zlib
@@ -70,6 +72,29 @@ MALFORMED: dict[str, dict[str, Any]] = {
     "y of another shape": {"tensors": {"y.0.0": torch.ones(2, 2)}},
     "gradient of no parameter": {"tensors": {"grad./etc/0": torch.ones(4)}},
     "tensor of no kind": {"tensors": {"w.0.0": torch.ones(4)}},
+    "gradient of 8 bits": {
+        "tensors": {"grad.0.0": torch.ones(4).to(torch.float8_e4m3fn)}
+    },
+    "y of another dtype": {"tensors": {"y.0.0": torch.ones(4, dtype=torch.float64)}},
+    "more groups": {"info": {"groups": groups()["groups"] * 2}},
+    "no lr": {"info": groups(lr=None)},
+    "lr that is a word": {"info": groups(lr="0.1")},
+    "lr that is NaN": {"info": groups(lr=float("nan"))},
+    "lr beyond any float": {"info": groups(lr=10**400)},
+}
+# Changes of the first frame.
+MALFORMED_START: dict[str, dict[str, Any]] = {
+    "no optimizer": {"info": {"optimizer": None}},
+    "optimizer that is a number": {"info": {"optimizer": 7}},
+    "groups that are none": {"info": {"groups": []}},
+    "missed steps that are a list": {"info": {"missed": [1]}},
+    "infinite count": {"info": groups(k=float("inf"))},
+    "name that is no parameter's": {"info": groups(params=["a/b"])},
+    "no y": {"tensors": {"y.0.0": None}},
+    "NaN in y": {"tensors": {"y.0.0": torch.full((4,), torch.nan)}},
+    "state of another shape": {"tensors": {"state.z.0.0": torch.ones(2, 4)}},
+    "state that is infinite": {"tensors": {"state.z.0.0": torch.full((4,), torch.inf)}},
+    "state of no parameter": {"tensors": {"state.z.9.9": torch.ones(4)}},
 }
 
 
@@ -80,12 +105,19 @@ def refused(path, capsys):
     return printed
 
 
-@pytest.mark.parametrize("name", MALFORMED)
-def test_malformed_frame_is_refused(name, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("place", "changes"),
+    [
+        pytest.param(place, changes, id=name)
+        for place, table in ((0, MALFORMED_START), (2, MALFORMED))
+        for name, changes in table.items()
+    ],
+)
+def test_malformed_frame_is_refused(place, changes, tmp_path, capsys):
     path = tmp_path / "run"
     recorded(path)
     frames = list(blobs(path.read_bytes()))
-    frames[2] = changed(frames[2], **MALFORMED[name])
+    frames[place] = changed(frames[place], **changes)
     path.write_bytes(b"".join(map(framed, frames)))
     refused(path, capsys)
 
@@ -125,6 +157,37 @@ def test_a_header_of_gigabytes_takes_no_memory(tmp_path, capsys):
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_entries_of_another_kind_are_no_difference(tmp_path, capsys):
+    """One entry at a time of the only step, where the options are read.
+
+    A replay may take what it does not read.
+    """
+    path = tmp_path / "run"
+    recorded(path, steps=1)
+    start, step = blobs(path.read_bytes())
+    (length,) = struct.unpack_from("<Q", step)
+    frame = json.loads(json.loads(step[8 : 8 + length])["__metadata__"]["frame"])
+    entries = frame["groups"][0]
+    for entry, wrong in itertools.product(entries, ("x", {}, [1], math.nan)):
+        info = {"groups": [entries | {entry: wrong}]}
+        path.write_bytes(framed(start) + framed(changed(step, info=info)))
+        code = main(["replay", str(path)])
+        printed = "".join(capsys.readouterr())
+        assert code in (0, 2), (entry, wrong, printed)
+        assert code == 0 or printed.count("\n") == 1, (entry, wrong, printed)
+
+
+def test_steps_skipped_for_a_nan_are_refused_by_name(tmp_path, capsys):
+    w = torch.nn.Parameter(torch.ones(4))
+    optimizer = sf_torch.AdamWScheduleFree([w], skip_nonfinite=True)
+    optimizer.train()
+    with sf_torch.record(optimizer, tmp_path / "run"):
+        for value in (1.0, torch.nan, 1.0):
+            w.grad = torch.full_like(w, value)
+            optimizer.step()
+    assert "skip_nonfinite=True" in refused(tmp_path / "run", capsys)
 
 
 def test_comparing_nothing_is_no_success(tmp_path, capsys):

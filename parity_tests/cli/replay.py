@@ -34,7 +34,7 @@ from parity_tests.compare import tolerances
 from parity_tests.compare.hypotheses import HYPOTHESES, Hypothesis, as_recorded, plain
 from parity_tests.reference import Leaves, wide
 from parity_tests.registry import OPTIMIZERS
-from parity_tests.runners.recorded_run import Group, Run
+from parity_tests.runners.recorded_run import Group, Run, refusing
 from sf_jax import torch_checkpoint
 
 # The limits of tolerances.py are for runs of 300 steps. Rounding grows with the steps.
@@ -132,7 +132,7 @@ def replay(
     differing = run.set(settings or {})
     dtype = "float64" if run.is_double else "float32"
     limit = _ROOM * tolerances.limit(dtype, "meta", "torch").ulps
-    with jax.enable_x64(run.is_double):
+    with refusing(path), jax.enable_x64(run.is_double):
         voices: list[Any] = [_InJax(run), _InReference(run, Hypothesis("", plain))]
         jax_worst, reference_worst = _drive(run, voices, [limit, limit])
     if not reference_worst.compared:

@@ -1,7 +1,9 @@
 """Reads a run that ``sf_torch.record`` wrote, as options of the registry."""
 
+import contextlib
 import dataclasses
 import itertools
+import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -29,6 +31,15 @@ _SAME_NAMES = (
     "inner_momentum",
     "silent_sgd_phase",
     "decay_at",
+)
+# Of parameters and gradients.
+_DTYPES = (
+    torch.bfloat16,
+    torch.float16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+    torch.complex128,
 )
 
 
@@ -67,6 +78,10 @@ class Run:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = path
+        with refusing(path):
+            self._read(path)
+
+    def _read(self, path: str | os.PathLike[str]) -> None:
         start, *rest = _checked(path)
         steps = [frame for frame in rest if frame.kind == "step"]
         if not steps:
@@ -83,7 +98,8 @@ class Run:
             for key in ("z", "exp_avg_sq", "exp_avg", "momentum_buffer")
         }
         self.saved_groups = start.info["groups"]
-        self.missed: dict[str, int] = start.info.get("missed", {})
+        missed = start.info.get("missed", {})
+        self.missed = {name: int(count) for name, count in missed.items()}
         counts = {group.get("k", 0) for group in self.saved_groups}
         if len(counts) > 1:
             raise ValueError(
@@ -154,6 +170,13 @@ class Run:
             options["decay_at"] = "z"
         if form == "ScheduleFreeWrapper":
             options = self._wrapped(info, saved, options)
+        for key, value in options.items():
+            numbers = value.values if isinstance(value, Changing) else (value,)
+            odd = [n for n in numbers if isinstance(n, float) and not math.isfinite(n)]
+            if odd:
+                raise ValueError(
+                    f"{self.path} has {key}={odd[0]}. Record a finite one."
+                )
         z_dtype = steps[-1][i]["z_dtype"] or "float32"
         names = tuple(saved["params"])
         # Meta's package has no such option, and one count for a group.
@@ -193,6 +216,24 @@ class Run:
                 yield frame.kind, frame.step, grads, y, x
 
 
+@contextlib.contextmanager
+def refusing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Makes a ValueError of what a file raises whose entries are of another kind."""
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+    ) as error:
+        raise ValueError(
+            f"{path} cannot be replayed: {type(error).__name__}: {error}. "
+            "Record the run again."
+        ) from error
+
+
 def _checked(path: str | os.PathLike[str]) -> Iterator[Frame]:
     """The frames without their tensors, of which each is looked at first.
 
@@ -200,62 +241,61 @@ def _checked(path: str | os.PathLike[str]) -> Iterator[Frame]:
       ValueError: names, shapes, dtypes or counts do not fit those of the first frame,
         or a gradient or what the run begins with is not finite.
     """
-    shapes: dict[str, Any] = {}
-    k = 0
+    start = None
     for frame in read_record(path):
-        try:
-            if frame.kind == "start":
-                shapes, k = _shapes(frame), int(frame.info["groups"][0].get("k", 0))
-            _check(frame, shapes, k)
-        except (AttributeError, KeyError, LookupError, TypeError) as error:
-            raise ValueError(
-                f"{path} is malformed at step {frame.step}: {type(error).__name__}: "
-                f"{error}. Record the run again."
-            ) from error
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}, at step {frame.step}") from error
+        if start is None:
+            shapes = {key: leaf.to("meta") for key, leaf in frame.tensors.items()}
+            start = frame._replace(tensors=shapes)
+        with refusing(path):
+            try:
+                _check(frame, start)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}, at step {frame.step}") from error
+            # One list of names for all frames, which are as many as the steps.
+            for group, first in zip(
+                frame.info["groups"], start.info["groups"], strict=True
+            ):
+                group["params"] = first["params"]
         yield frame._replace(tensors={})
 
 
-def _shapes(start: Frame) -> dict[str, Any]:
-    names = [name for group in start.info["groups"] for name in group["params"]]
+def _check(frame: Frame, start: Frame) -> None:
+    groups, first = frame.info["groups"], start.info["groups"]
     y = start.named("y")
-    if sorted(names) != sorted(y):
+    if sorted(name for group in first for name in group["params"]) != sorted(y):
         raise ValueError("the names of the groups are not those of y")
-    return {name: leaf.shape for name, leaf in y.items()}
-
-
-def _check(frame: Frame, shapes: Mapping[str, Any], k: int) -> None:
-    groups = frame.info["groups"]
-    names = [name for group in groups for name in group["params"]]
-    if sorted(names) != sorted(shapes):
+    if [group["params"] for group in groups] != [group["params"] for group in first]:
         raise ValueError("the parameters are not those of the first frame")
-    counts = {group.get("k", 0) for group in groups}
-    if frame.kind != "start" and counts != {k + frame.step}:
-        raise ValueError(f"the groups count {counts} steps, not {k + frame.step}")
-    for key in frame.tensors:
-        name = next((n for n in shapes if key.endswith(f".{n}")), None)
-        prefix = key.partition(".")[0]
-        if name is None or prefix not in ("grad", "y", "x", "state"):
+    for key, leaf in frame.tensors.items():
+        prefix, _, name = key.partition(".")
+        if prefix == "state":
+            name = name.partition(".")[2]
+        if name not in y or prefix not in ("grad", "y", "x", "state"):
             raise ValueError(f"{key[:80]!r} is of no parameter")
-    for prefix in ("grad", "y", "x"):
+        if leaf.shape != y[name].shape or (
+            leaf.dtype not in _DTYPES and prefix != "state"
+        ):
+            raise ValueError(
+                f"{key[:80]!r} is {leaf.dtype} of shape {tuple(leaf.shape)}, and its "
+                f"parameter {y[name].dtype} of shape {tuple(y[name].shape)}"
+            )
+        if prefix == "y" and leaf.dtype != y[name].dtype:
+            raise ValueError(f"{key[:80]!r} is {leaf.dtype}, and was {y[name].dtype}")
+        if (prefix == "grad" or frame.kind == "start") and not leaf.isfinite().all():
+            skipped = any(group.get("skip_nonfinite") for group in groups)
+            raise ValueError(
+                f"{key[:80]!r} is not finite"
+                + " (skip_nonfinite=True skips such a step, and a replay does not)"
+                * skipped
+            )
+    for prefix in ("y", "x"):
         leaves = frame.named(prefix)
-        if prefix != "grad" and leaves and leaves.keys() != shapes.keys():
+        if leaves and leaves.keys() != y.keys():
             raise ValueError(f"{prefix} is there for some parameters only")
-        for name, leaf in leaves.items():
-            if leaf.shape != shapes[name] or not _is_inexact(leaf):
-                raise ValueError(
-                    f"{prefix} of {name[:80]!r} is {leaf.dtype} of shape "
-                    f"{tuple(leaf.shape)}, and its parameter {tuple(shapes[name])}"
-                )
-            if (
-                prefix == "grad" or frame.kind == "start"
-            ) and not leaf.isfinite().all():
-                raise ValueError(f"{prefix} of {name[:80]!r} is not finite")
-
-
-def _is_inexact(leaf: torch.Tensor) -> bool:
-    return leaf.is_floating_point() or leaf.is_complex()
+    for group, began in zip(groups, first, strict=True):
+        k = began.get("k", 0) + frame.step
+        if group.get("k", 0) != k:
+            raise ValueError(f"a group counts {group.get('k', 0)} steps, not {k}")
 
 
 def _changes(steps: list[Any]) -> list[str]:
