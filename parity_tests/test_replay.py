@@ -79,6 +79,12 @@ FAITHFUL = {
         p.values(), lr=LR, warmup_steps=WARMUP, weight_decay=DECAY, r=1.0
     ),
     "radam-meta": lambda p: schedulefree.RAdamScheduleFree(p.values(), lr=LR),
+    "gpa-ours": lambda p: sf_torch.GPAAdamW(
+        p.values(), lr=LR, mu_x=0.95, warmup_steps=WARMUP, weight_decay=DECAY
+    ),
+    "refined-ours": lambda p: sf_torch.AdamWScheduleFreeRefined(
+        p.values(), lr=LR, refined_c=5.0, warmup_steps=WARMUP, weight_decay=DECAY
+    ),
     "wrapper-ours": lambda p: sf_torch.ScheduleFreeWrapper(
         torch.optim.SGD(p.values(), lr=LR, momentum=0.5), momentum=0.8
     ),
@@ -264,6 +270,13 @@ def test_what_has_no_reference_is_refused(file):
     with pytest.raises(ValueError, match=r"over torch\.optim\.rmsprop\.RMSprop"):
         replay.replay(file)
     assert replay.main(file) == 2
+
+
+def test_gpa_with_the_published_decay_is_refused(file):
+    params = parameters()
+    optimizer = sf_torch.GPAAdamW(params.values(), lr=LR, upstream_compatible=True)
+    with pytest.raises(ValueError, match="GPA with upstream_compatible=True"):
+        recorded(file, optimizer, params, 0, 1)
 
 
 def test_command_line_takes_a_file(file, capsys):

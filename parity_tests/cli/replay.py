@@ -213,7 +213,9 @@ def _resume(optimizer: reference.ScheduleFree, run: Run) -> None:
     optimizer.x.update({n: wide(leaf) for n, leaf in run.start_x.items()})
     optimizer.z.update({n: wide(leaf) for n, leaf in run.state["z"].items()})
     for (names, seams), saved in zip(optimizer.groups, run.saved_groups, strict=True):
-        average: Any = getattr(seams.average, "memory", seams.average)
+        average: Any = seams.average
+        while hasattr(average, "memory"):
+            average = average.memory
         average.lr_max = max(float(saved.get("lr_max", 0.0)), 0.0)
         average.weight_sum = float(saved.get("weight_sum", 0.0))
         if hasattr(seams.base, "t"):

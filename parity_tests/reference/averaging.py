@@ -40,7 +40,12 @@ class AverageAfter:
 
 def refined(average: Weight, b1: Callable[[int], float], c: float) -> Weight:
     """Refined Schedule-Free: c_k = min(1, (1 - β) C w / W)."""
-    return lambda k, lr: min(1.0, (1 - b1(k)) * c * average(k, lr))
+
+    def weight(k: int, lr: float) -> float:
+        return min(1.0, (1 - b1(k)) * c * average(k, lr))
+
+    weight.memory = average  # type: ignore[attr-defined]  # replay sets its sums
+    return weight
 
 
 def exponential(mu_x: float) -> Weight:

@@ -31,6 +31,8 @@ _SAME_NAMES = (
     "inner_momentum",
     "silent_sgd_phase",
     "decay_at",
+    "refined_c",
+    "mu_x",
 )
 # Of parameters and gradients.
 _DTYPES = (
@@ -166,6 +168,13 @@ class Run:
         options |= {key: saved[key] for key in _SAME_NAMES if key in saved}
         if "betas" in saved:
             options["b2"] = saved["betas"][1]
+        if "mu_x" in saved:  # GPA, whose β is μ_y
+            options["inner_momentum"] = saved["betas"][0]
+            if saved["upstream_compatible"]:
+                raise ValueError(
+                    "GPA with upstream_compatible=True has no reference to replay it "
+                    "with: its decay moves x. Without that option it has."
+                )
         if saved.get("decay_at_z"):  # as Meta's Reference form says it
             options["decay_at"] = "z"
         if form == "ScheduleFreeWrapper":
@@ -181,7 +190,8 @@ class Run:
         names = tuple(saved["params"])
         # Meta's package has no such option, and one count for a group.
         counts_apart = not saved.get("upstream_compatible", True)
-        return Group(names, _CLASSES[form], Options(**options), z_dtype, counts_apart)
+        kind: Any = OPTIMIZERS[_CLASSES[form]].options  # a dataclass
+        return Group(names, _CLASSES[form], kind(**options), z_dtype, counts_apart)
 
     def _wrapped(
         self, info: Mapping[str, Any], saved: Mapping[str, Any], options: dict[str, Any]

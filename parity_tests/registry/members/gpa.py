@@ -59,6 +59,7 @@ OPTIMIZER = Optimizer(
     torch=_torch,
     options=GPAOptions,
     torch_forms=("",),
+    replays="GPAAdamW",
 )
 
 CASES = cases(

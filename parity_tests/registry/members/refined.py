@@ -64,6 +64,7 @@ OPTIMIZER = Optimizer(
     torch=_torch,
     options=RefinedOptions,
     torch_forms=("",),
+    replays="AdamWScheduleFreeRefined",
 )
 
 CASES = cases(
