@@ -179,6 +179,15 @@ def test_entries_of_another_kind_are_no_difference(tmp_path, capsys):
         assert code == 0 or printed.count("\n") == 1, (entry, wrong, printed)
 
 
+def test_an_integer_power_of_gigabytes_takes_no_memory(tmp_path, capsys):
+    path = tmp_path / "run"
+    recorded(path)
+    frames = list(blobs(path.read_bytes()))
+    frames[1] = changed(frames[1], info=groups(k=1, r=10**30))
+    path.write_bytes(b"".join(map(framed, frames)))
+    refused(path, capsys)
+
+
 def test_steps_skipped_for_a_nan_are_refused_by_name(tmp_path, capsys):
     w = torch.nn.Parameter(torch.ones(4))
     optimizer = sf_torch.AdamWScheduleFree([w], skip_nonfinite=True)

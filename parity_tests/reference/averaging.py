@@ -12,7 +12,8 @@ class PolynomialAverage:
     """
 
     def __init__(self, r: float = 0.0, weight_lr_power: float = 2.0) -> None:
-        self.r, self.weight_lr_power = r, weight_lr_power
+        # As floats: Python computes a power of integers to its last digit.
+        self.r, self.weight_lr_power = float(r), float(weight_lr_power)
         self.lr_max = self.weight_sum = 0.0
 
     def __call__(self, k: int, lr: float) -> float:
