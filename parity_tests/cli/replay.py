@@ -149,7 +149,8 @@ def replay(
         possible = [*as_recorded(recorded, differing), *HYPOTHESES]
         possible = [h for h in possible if any(map(h.seams, run.groups))]
         limits = [limit * h.coarser(run.groups) for h in possible]
-        worsts = _drive(run, [_InReference(run, h) for h in possible], limits)
+        with refusing(path):
+            worsts = _drive(run, [_InReference(run, h) for h in possible], limits)
         found = sorted(
             zip(possible, worsts, strict=True), key=lambda pair: pair[1].ratio
         )
