@@ -104,6 +104,7 @@ class Iterates(torch.optim.Optimizer):
             if self._spoiled is None:  # else what has spoiled it is on its way
                 self._switch(before)
 
+    @torch.compiler.disable  # of a step(closure): what fails to compile moves nothing
     @torch.no_grad()
     def _switch(self, training: bool) -> None:
         self._settle()
