@@ -38,13 +38,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sf_jax import _averaging, _checks, _double
+from sf_jax import _arguments, _averaging, _double
 from sf_jax._averaging import Average, complement, one_minus_power
 from sf_jax._decay import Mask, add_decay
 from sf_jax._double import Double, double
 from sf_jax._rounding import NEAREST, Rounding, rounding_of
 from sf_jax._schedule_free import (
-    SEQUENCES,
     Base,
     Iterates,
     downhill,
@@ -56,7 +55,6 @@ from sf_jax._schedule_free import (
 )
 
 ALGOPERF = ("algoperf", "algoperf_v2")
-VARIANTS = ("standard", "paper", *ALGOPERF)
 
 
 class AdamWState(NamedTuple):
@@ -83,7 +81,7 @@ def init_moments(
     return AdamWState(
         nu=jax.tree.map(second, z),
         mu=optax.MaskedNode()
-        if _checks.is_off(inner_momentum)
+        if _arguments.is_off(inner_momentum)
         else jax.tree.map(first, z),
     )
 
@@ -116,7 +114,7 @@ def update_moments(
     # a TPU then makes one fusion of the step.
     nu = jax.tree.map(mean_square, grads, moments.nu)
     nu = rounding.tree(nu, moments.nu, "v", count)
-    if inner_momentum is None or _checks.is_off(inner_momentum):
+    if inner_momentum is None or _arguments.is_off(inner_momentum):
         return AdamWState(nu, moments.mu)
     share_of_mu = complement(inner_momentum)
     mu = jax.tree.map(lambda g, mu: mean(mu, widen(g), share_of_mu), grads, moments.mu)
@@ -130,7 +128,7 @@ def numerator(
     count: jax.Array,
 ) -> optax.Updates:
     """ĝ: the gradient, or its bias-corrected running mean."""
-    if inner_momentum is None or _checks.is_off(inner_momentum):
+    if inner_momentum is None or _arguments.is_off(inner_momentum):
         return jax.tree.map(widen, grads)
     correction = one_minus_power(inner_momentum, count)
     return jax.tree.map(lambda mu: widen(mu) / like(correction, widen(mu)), moments.mu)
@@ -199,7 +197,7 @@ def positive_eps(
     that its square is 0: over anything less, it would throw z far off.
     """
     least = math.sqrt(jnp.finfo(dtype).tiny)
-    if _checks.is_number(eps):
+    if _arguments.is_number(eps):
         return max(float(eps), least)  # type: ignore[arg-type]
     return jnp.maximum(eps, least)
 
@@ -238,7 +236,7 @@ def adamw_base(
             lr = lr * jnp.sqrt(correction)
         if variant in ("paper", *ALGOPERF):
             correction = jnp.ones_like(correction)
-        if variant == "adamc" and not _checks.is_off(weight_decay):
+        if variant == "adamc" and not _arguments.is_off(weight_decay):
             decay = lr * jnp.asarray(weight_decay)
 
         def adam(g: jax.Array, nu: jax.Array) -> jax.Array:
@@ -255,6 +253,7 @@ def adamw_base(
     return Base(lambda z: init_moments(z, inner_momentum, moment_dtype), update)
 
 
+@_arguments.checked(decay_at=_arguments.DECAY_AT_OR_NONE)
 def schedule_free_adamw(
     learning_rate: optax.ScalarOrSchedule = 0.0025,
     warmup_steps: int | None = None,
@@ -343,7 +342,7 @@ def schedule_free_adamw(
         eps, weight decay or number of steps, an unknown ``decay_at``, ``variant`` or
         ``rounding``, a seed out of range, or ``rounding="stochastic"`` with another
         ``state_dtype`` than bfloat16.
-      TypeError: ``warmup_steps`` that is not a whole number.
+      TypeError: an argument of a wrong type; ``warmup_steps`` that is not whole.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sf_jax
@@ -360,18 +359,9 @@ def schedule_free_adamw(
     References:
       Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
     """
-    _checks.learning_rate(learning_rate)
-    _checks.warmup_steps(warmup_steps)
-    _checks.decay_rate("b2", b2)
-    _checks.decay_rate("inner_momentum", inner_momentum)
-    _checks.eps(eps)
-    _checks.weight_decay(weight_decay)
     if decay_at is None:
         decay_at = "x" if variant == "algoperf" else "y"
-    _checks.choice("decay_at", decay_at, SEQUENCES)
     _averaging.check_average(average, r, weight_lr_power)
-    _checks.floating_dtype("moment_dtype", moment_dtype)
-    _checks.choice("variant", variant, VARIANTS)
     at_random = rounding_of(rounding, seed, state_dtype)
     step_size = _averaging.scheduled(learning_rate, warmup_steps)
     if variant == "paper":

@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sf_jax import _checks, _double
+from sf_jax import _arguments, _double
 from sf_jax._double import Double, double, scalar_dtype
 
 
@@ -112,6 +112,7 @@ def mean_after(c_warmup: jax.typing.ArrayLike, mean: Mean) -> Mean:
     return delayed
 
 
+@_arguments.checked()
 def refined_average(c: jax.typing.ArrayLike) -> Average:
     r"""Refined Schedule-Free: the length of the average apart from β.
 
@@ -141,9 +142,6 @@ def refined_average(c: jax.typing.ArrayLike) -> Average:
       Song et al., *Through the River: Understanding the Benefit of Schedule-Free
         Methods for Language Model Training*, https://arxiv.org/abs/2507.09846
     """
-    _checks.non_negative(
-        "c", c, "the decoupling constant, 1 / (1 - b1) at its plainest"
-    )
 
     def average(
         count: jax.Array,
@@ -156,6 +154,7 @@ def refined_average(c: jax.typing.ArrayLike) -> Average:
     return average
 
 
+@_arguments.checked()
 def exponential_average(mu_x: optax.ScalarOrSchedule = 0.9967) -> Average:
     r"""``c_k = 1 - μ_x``: an exponential moving average, as in primal averaging.
 
@@ -179,7 +178,6 @@ def exponential_average(mu_x: optax.ScalarOrSchedule = 0.9967) -> Average:
       Defazio et al., *Smoothing DiLoCo with Primal Averaging for Faster Training of
         LLMs*, https://arxiv.org/abs/2512.17131
     """
-    _checks.interpolation("mu_x", mu_x, "the weight of the old x in the new")
     return _Exponential(mu_x)
 
 
@@ -196,7 +194,7 @@ class _Exponential:
         b1: jax.typing.ArrayLike,
         ckp1: jax.Array,
     ) -> jax.Array:
-        return complement(self.mu_x(count) if callable(self.mu_x) else self.mu_x)
+        return complement(_arguments.at("mu_x", self.mu_x, count))
 
 
 def check_average(
@@ -209,7 +207,7 @@ def check_average(
         return
     for name, value, default in (("r", r, 0), ("weight_lr_power", weight_lr_power, 2)):
         # Arrays are not looked at: inject_hyperparams makes them of defaults too.
-        if _checks.is_number(value) and value != default:
+        if _arguments.is_number(value) and value != default:
             raise ValueError(
                 f"{name} = {value} has no meaning for exponential_average, which does "
                 f"not weigh steps. Leave {name} out, or use a schedule as mu_x."
@@ -223,7 +221,7 @@ def scheduled(
     """The step size as a function of ``count``, with the linear warmup in front."""
 
     def step_size(count: jax.Array) -> Double:
-        lr = double(learning_rate(count) if callable(learning_rate) else learning_rate)
+        lr = double(_arguments.at("learning_rate", learning_rate, count))
         if warmup_steps is None or (
             isinstance(warmup_steps, int) and warmup_steps == 0
         ):
@@ -295,7 +293,8 @@ def _weight_before(
         log_ratio += _scalar(r) * jnp.log1p(-1 / jnp.maximum(steps_taken(count), 2))
     if not _is_known_zero(weight_lr_power):
         log_ratio += _scalar(weight_lr_power) * _log_quotient(lr_max_before, lr_max)
-    return jnp.expm1(log_ratio)
+    # A weight so far below the one before is as good as 0, and e^80 fits a float32.
+    return jnp.expm1(jnp.minimum(log_ratio, 80.0))
 
 
 def _log_quotient(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -313,13 +312,15 @@ def _latest_weight(lr_max: Double, weight_lr_power: jax.typing.ArrayLike) -> Dou
     if _is_known_zero(weight_lr_power):
         return double(1.0)
     power, positive = _scalar(weight_lr_power), lr_max.hi > 0
+    # To first order, and positive for the largest of powers too.
     rest = power * (lr_max.lo / jnp.where(positive, lr_max.hi, 1))
+    rest = jnp.clip(rest, -0.5, 0.5)
     one = jnp.where(positive | (power == 0), jnp.ones_like(rest), 0)
     return Double(one, rest)
 
 
 def _is_known_zero(value: jax.typing.ArrayLike) -> bool:
-    return _checks.is_number(value) and bool(value == 0)
+    return _arguments.is_number(value) and bool(value == 0)
 
 
 def _scalar(value: jax.typing.ArrayLike) -> jax.Array:

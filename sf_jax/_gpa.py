@@ -25,12 +25,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sf_jax import _averaging, _checks
+from sf_jax import _arguments, _averaging
 from sf_jax._adamw import schedule_free_adamw
 from sf_jax._decay import Mask, decaying
 from sf_jax._schedule_free import ScheduleFreeState, is_lean, like, per_leaf, widen
 
 
+@_arguments.checked(b1=_arguments.DECAY_RATE)
 def gpa_adamw(
     learning_rate: optax.ScalarOrSchedule = 0.001,
     warmup_steps: int | None = None,
@@ -91,7 +92,7 @@ def gpa_adamw(
       ValueError: an argument out of its range, an unknown ``decay_at``, or
         ``rounding="stochastic"`` with another ``state_dtype`` than bfloat16 or with
         ``upstream_compatible``.
-      TypeError: ``warmup_steps`` that is not a whole number.
+      TypeError: an argument of a wrong type; ``warmup_steps`` that is not whole.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sf_jax
@@ -108,7 +109,6 @@ def gpa_adamw(
       Defazio et al., *Smoothing DiLoCo with Primal Averaging for Faster Training of
         LLMs*, https://arxiv.org/abs/2512.17131
     """
-    _checks.interpolation("mu_y", mu_y)
     if upstream_compatible and rounding == "stochastic":
         raise ValueError(
             'upstream_compatible does not go with rounding="stochastic": its decay '
@@ -131,14 +131,17 @@ def gpa_adamw(
         rounding=rounding,
         seed=seed,
     )
-    if not upstream_compatible or _checks.is_off(weight_decay):
+    if not upstream_compatible or _arguments.is_off(weight_decay):
         return tx
-    _checks.weight_decay(weight_decay)
-    _checks.choice("decay_at", decay_at, ("z", "y"))
-    if _checks.is_off(mu_y):
+    if decay_at == "x":
         raise ValueError(
-            "upstream_compatible needs mu_y > 0: with y = z there is no x for the "
-            "decay to move. Leave upstream_compatible out."
+            "upstream_compatible needs decay_at 'z' or 'y', got 'x': its decay moves x "
+            "through y and z. Leave upstream_compatible out."
+        )
+    if _arguments.is_off(mu_y):
+        raise ValueError(
+            f"upstream_compatible needs mu_y > 0, got {mu_y}: with y = z there is no x "
+            "for the decay to move. Leave upstream_compatible out."
         )
     step_size = _averaging.scheduled(learning_rate, warmup_steps)
 

@@ -28,14 +28,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sf_jax import _averaging, _checks, _meshes
+from sf_jax import _arguments, _averaging, _meshes
 from sf_jax._adamw import positive_eps
-from sf_jax._decay import is_function
 from sf_jax._moments import with_moment_dtype
 from sf_jax._normuon import matrices, normuon
-from sf_jax._schedule_free import ByWeight, schedule_free
+from sf_jax._schedule_free import ByWeight, over
 
 
+@_arguments.checked(b1=_arguments.INTERPOLATION)
 def growing_b1(b1: float = 0.9, steps: int = 1000, rho: float = 0.5) -> optax.Schedule:
     r"""A β that grows towards 1: gradients near z at first, near x later on.
 
@@ -70,12 +70,6 @@ def growing_b1(b1: float = 0.9, steps: int = 1000, rho: float = 0.5) -> optax.Sc
       Kim et al., *AMUSE: Anytime Muon with Stable Gradient Evaluation*,
         https://arxiv.org/abs/2605.22432
     """
-    _checks.interpolation("b1", b1)
-    _checks.non_negative("rho", rho, "the power with which β grows; 0 for a constant")
-    if _checks.is_number(steps) and steps < 2:
-        raise ValueError(
-            f"steps must be at least 2, got {steps}. β begins to grow after them."
-        )
 
     return _Growing(b1, steps, rho)
 
@@ -108,6 +102,7 @@ class _Growing:
         return ByWeight(self.b1, beta)
 
 
+@_arguments.checked(weight_decay=_arguments.MAGNITUDE)
 def schedule_free_muon(
     learning_rate: optax.ScalarOrSchedule = 0.02,
     warmup_steps: int | None = None,
@@ -207,7 +202,7 @@ def schedule_free_muon(
     Raises:
       ValueError: an argument out of its range; in ``update`` matrices that are, or may
         be, parts of sharded ones, without ``per_device``.
-      TypeError: ``warmup_steps`` that is not a whole number.
+      TypeError: an argument of a wrong type; ``warmup_steps`` that is not whole.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, sf_jax
@@ -226,20 +221,13 @@ def schedule_free_muon(
       Apte et al., *Anytime Training with Schedule-Free Spectral Optimization*,
         https://arxiv.org/abs/2605.23061
     """
-    _checks.learning_rate(learning_rate)
-    _checks.warmup_steps(warmup_steps)
-    for name, value in {"b2": b2, "momentum": momentum, "row_b2": row_b2}.items():
-        _checks.decay_rate(name, value)
-    _checks.eps(eps)
-    _checks.weight_decay(weight_decay)
-    _checks.floating_dtype("moment_dtype", moment_dtype)
     beta: Any = b1
     if upstream_compatible:
         _check_published(learning_rate, warmup_steps, b1)
         beta = beta.as_published(r + weight_lr_power)
     lr = _averaging.schedule(_averaging.scheduled(learning_rate, warmup_steps))
     numbers = muon_weight_dimension_numbers
-    if callable(numbers) and not is_function(numbers):
+    if callable(numbers) and not _arguments.is_function(numbers):
         # optax would call a tree that is callable as a whole.
         numbers = _always(numbers)
     options = {
@@ -275,7 +263,7 @@ def schedule_free_muon(
         lambda params: matrices(numbers, params),
         "Muon would orthogonalise each part of a sharded matrix by itself",
     )
-    return schedule_free(
+    return over(
         with_moment_dtype(muon, moment_dtype),
         lr,
         beta,
@@ -289,9 +277,9 @@ def schedule_free_muon(
 
 
 def _check_published(learning_rate: Any, warmup_steps: Any, b1: Any) -> None:
-    if not isinstance(b1, _Growing) or _checks.is_off(b1.b1):
+    if not isinstance(b1, _Growing) or _arguments.is_off(b1.b1):
         raise ValueError(
-            "upstream_compatible is about a β that grows from above 0, got b1 = "
+            "upstream_compatible=True needs a β that grows from above 0, got b1 = "
             f"{b1}. Pass b1=growing_b1(0.6, steps=6000, rho=0.8)."
         )
     if callable(learning_rate) or warmup_steps != b1.steps:

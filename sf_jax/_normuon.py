@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 
 from sf_jax._adamw import root
-from sf_jax._decay import is_function
+from sf_jax._arguments import DIMENSIONS, check, is_dimension_numbers, is_function
 from sf_jax._paths import unboxed
 
 
@@ -59,7 +59,7 @@ def normuon(
         return jax.tree.map(
             lambda numbers: "adam" if numbers is None else "muon",
             dimensions(params),
-            is_leaf=_is_numbers,
+            is_leaf=is_dimension_numbers,
         )
 
     muon = optax.chain(
@@ -125,7 +125,9 @@ def _normalise_rows(
 
 def matrices(given: Any, params: optax.Params) -> list[jax.Array]:
     """The leaves of params that Muon orthogonalises."""
-    numbers = jax.tree.leaves(_dimension_numbers(given, params), is_leaf=_is_numbers)
+    numbers = jax.tree.leaves(
+        _dimension_numbers(given, params), is_leaf=is_dimension_numbers
+    )
     return [
         leaf
         for leaf, number in zip(jax.tree.leaves(params), numbers, strict=True)
@@ -142,16 +144,13 @@ def _dimension_numbers(given: Any, params: optax.Params) -> Any:
     if given is None:
         matrix = optax.contrib.MuonDimensionNumbers()
         return jax.tree.map(lambda p: matrix if p.ndim == 2 else None, params)
+    name = "muon_weight_dimension_numbers"
     return jax.tree.map(
         lambda numbers, leaves: jax.tree.map(lambda _: numbers, leaves),
-        given(params) if is_function(given) else given,
+        check(name, given(params), DIMENSIONS) if is_function(given) else given,
         params,
-        is_leaf=_is_numbers,
+        is_leaf=is_dimension_numbers,
     )
-
-
-def _is_numbers(node: Any) -> bool:
-    return node is None or isinstance(node, optax.contrib.MuonDimensionNumbers)
 
 
 def _axes(axis: Any, leaf: jax.Array) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sf_jax import _averaging, _checks, _double, _meshes
+from sf_jax import _arguments, _averaging, _double, _meshes
 from sf_jax._adamw import adamw_base
 from sf_jax._averaging import one_minus_power
 from sf_jax._decay import Mask
@@ -43,7 +43,7 @@ from sf_jax._schedule_free import (
     Iterates,
     StepSize,
     is_lean,
-    may_be_zero,
+    may_lose_x,
     rule,
     widen,
 )
@@ -94,7 +94,7 @@ def polyak_step_size(
         mean = state.grad_l1 + (1 - polyak_beta) * (norm - state.grad_l1)
         corrected = mean / one_minus_power(polyak_beta, count)
         beta = sf_beta1(count) if callable(sf_beta1) else sf_beta1
-        floor = loss_floor(count) if callable(loss_floor) else loss_floor
+        floor = _arguments.at("loss_floor", loss_floor, count)
         gap = loss - floor - beta * whole * _inner(grads, iterates, axes)
         # Without a gradient there is no direction either, and any step will do. After a
         # loss that is not finite there is no step.
@@ -128,6 +128,7 @@ def annealed(
     return beta
 
 
+@_arguments.checked(b1=_arguments.DECAY_RATE)
 def schedule_free_plus(
     learning_rate: optax.ScalarOrSchedule = 1.0,
     b1: float = 0.9,
@@ -243,24 +244,12 @@ def schedule_free_plus(
       Defazio, *ScheduleFree+: Scaling Learning-Rate-Free & Schedule-Free Learning to
         Large Language Models*, https://arxiv.org/abs/2605.19095
     """
-    _checks.learning_rate(learning_rate)
-    for name, value in {"b1": b1, "b2": b2, "polyak_beta": polyak_beta}.items():
-        _checks.decay_rate(name, value)
-    _checks.interpolation("sf_beta1", sf_beta1)
-    _checks.eps(eps)
-    _checks.weight_decay(weight_decay)
-    _checks.steps("c_warmup", c_warmup)
-    _checks.steps("sf_beta1_anneal_steps", sf_beta1_anneal_steps)
-    _checks.floating_dtype("moment_dtype", moment_dtype)
-    _checks.axis_name(axis_name)
-    _checks.finite("loss_floor", loss_floor, "the least loss thought possible")
     beta: Any = sf_beta1
-    if not _checks.is_off(sf_beta1_anneal_steps):
-        # Both below 1: an average that is all of y could never be left again.
-        _checks.decay_rate("sf_beta1", sf_beta1)
-        _checks.decay_rate("sf_beta1_max", sf_beta1_max)
+    if not _arguments.is_off(sf_beta1_anneal_steps):
+        # An average that is all of y could never be left again.
+        _arguments.check("sf_beta1", sf_beta1, _arguments.DECAY_RATE)
         beta = annealed(sf_beta1, sf_beta1_max, sf_beta1_anneal_steps)
-        store_x = store_x or may_be_zero(sf_beta1) or may_be_zero(sf_beta1_max)
+        store_x = store_x or may_lose_x(sf_beta1) or may_lose_x(sf_beta1_max)
     return rule(
         adamw_base(b2, eps, b1, weight_decay, "y", mask, moment_dtype, variant="adamc"),
         polyak_step_size(

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sf_jax import _averaging, _checks, _meshes
+from sf_jax import _arguments, _averaging, _meshes
 from sf_jax._adamw import positive_eps, root
 from sf_jax._double import scalar_dtype
 from sf_jax._moments import with_moment_dtype
@@ -40,14 +40,19 @@ from sf_jax._schedule_free import (
     Iterates,
     like,
     of_count,
+    over,
     rule,
-    schedule_free,
     widen,
 )
 
-VARIANTS = ("standard", "algoperf")
 
-
+@_arguments.checked(
+    weight_decay=_arguments.MAGNITUDE,
+    inner_momentum=_arguments.DECAY_RATE,
+    r=_arguments.POWER_OR_NONE,
+    weight_lr_power=_arguments.POWER_OR_NONE,
+    variant=_arguments.PRODIGY_VARIANT,
+)
 def schedule_free_prodigy(
     learning_rate: optax.ScalarOrSchedule = 1.0,
     warmup_steps: int | None = None,
@@ -117,7 +122,7 @@ def schedule_free_prodigy(
       ValueError: an argument out of its range, or one that the variant does not have;
         in ``update`` parameters that are, or may be, parts of sharded ones, without
         ``per_device``.
-      TypeError: ``warmup_steps`` that is not a whole number.
+      TypeError: an argument of a wrong type; ``warmup_steps`` that is not whole.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, sf_jax
@@ -135,18 +140,9 @@ def schedule_free_prodigy(
       Mishchenko and Defazio, *Prodigy: An Expeditiously Adaptive Parameter-Free
         Learner*, https://arxiv.org/abs/2306.06101
     """
-    _checks.learning_rate(learning_rate)
-    _checks.warmup_steps(warmup_steps)
-    _checks.decay_rate("b2", b2)
-    _checks.decay_rate("inner_momentum", inner_momentum)
-    _checks.decay_rate("beta3", beta3)
-    _checks.choice("variant", variant, VARIANTS)
-    _checks.eps(eps)
-    _checks.weight_decay(weight_decay)
-    _checks.floating_dtype("moment_dtype", moment_dtype)
     step_size = _averaging.scheduled(learning_rate, warmup_steps)
     if variant == "algoperf":
-        if safeguard_warmup or not _checks.is_off(inner_momentum):
+        if safeguard_warmup or not _arguments.is_off(inner_momentum):
             raise ValueError(
                 f"safeguard_warmup={safeguard_warmup} and inner_momentum="
                 f"{inner_momentum} have no place in variant='algoperf', which was "
@@ -186,7 +182,7 @@ def schedule_free_prodigy(
         safeguard_warmup=safeguard_warmup,
     )
     prodigy = _whole(_from_the_first_gradient(prodigy), per_device)
-    return schedule_free(
+    return over(
         with_moment_dtype(prodigy, moment_dtype),
         lr,
         b1,
@@ -313,7 +309,7 @@ def _algoperf_base(
     ) -> tuple[optax.Updates, optax.OptState]:
         at_z = jax.tree.map(widen, iterates.z)
         at_x = None
-        if not _checks.is_off(weight_decay):
+        if not _arguments.is_off(weight_decay):
             at_x = jax.tree.map(widen, iterates.x)
         return move(grads, state, (at_z, at_x, lr))
 

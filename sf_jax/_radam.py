@@ -27,8 +27,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sf_jax import _averaging, _checks, _double
+from sf_jax import _averaging, _double
 from sf_jax._adamw import AdamWState, denominator, init_moments, update_moments
+from sf_jax._arguments import checked
 from sf_jax._averaging import Average, complement, one_minus_power, steps_taken
 from sf_jax._decay import Mask, add_decay
 from sf_jax._double import Double, double, scalar_dtype
@@ -114,6 +115,7 @@ def radam_base(
     return Base(lambda z: init_moments(z, None, moment_dtype), update)
 
 
+@checked()
 def schedule_free_radam(
     learning_rate: optax.ScalarOrSchedule = 0.0025,
     b1: optax.ScalarOrSchedule = 0.9,
@@ -204,11 +206,6 @@ def schedule_free_radam(
       Liu et al., *On the Variance of the Adaptive Learning Rate and Beyond*,
         https://arxiv.org/abs/1908.03265
     """
-    _checks.learning_rate(learning_rate)
-    _checks.decay_rate("b2", b2)
-    _checks.eps(eps)
-    _checks.weight_decay(weight_decay)
-    _checks.floating_dtype("moment_dtype", moment_dtype)
     _averaging.check_average(average, r, weight_lr_power)
     at_random = rounding_of(rounding, seed, state_dtype)
     scheduled = _averaging.scheduled(learning_rate)

@@ -39,10 +39,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from sf_jax import _checks
-
 Seed = int | jax.Array
-ROUNDINGS = ("nearest", "stochastic")
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
 # Block, word and shift of each array's number.
@@ -100,16 +97,6 @@ def numbered(tree: optax.Params) -> Any:
 
 def rounding_of(rounding: str, seed: Seed, state_dtype: Any) -> Rounding:
     """What the options ``rounding`` and ``seed`` mean; raises where nothing."""
-    _checks.choice("rounding", rounding, ROUNDINGS)
-    # Under inject_hyperparams it is an array of integers.
-    is_array = isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jnp.integer)
-    if not is_array and (
-        isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32
-    ):
-        raise ValueError(
-            f"seed must be a whole number from 0 to 2**32 - 1, got {seed!r}. It is the "
-            "key of the random bits."
-        )
     if rounding == "nearest":
         return NEAREST
     if state_dtype is None or jnp.dtype(state_dtype) != jnp.bfloat16:

@@ -42,7 +42,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sf_jax import _averaging, _checks, _double, _memory, _meshes
+from sf_jax import _arguments, _averaging, _checks, _double, _memory, _meshes
+from sf_jax._arguments import checked
 from sf_jax._averaging import Average, Mean, Weights, once
 from sf_jax._double import Double, double, scalar_dtype
 from sf_jax._rounding import (
@@ -54,7 +55,8 @@ from sf_jax._rounding import (
     share_of_z,
 )
 
-SEQUENCES = ("y", "z", "x")
+LEAST_B1 = 1 / 64
+"""The least β with which y and z give x: the error of a y is 1 / β as large in x."""
 
 
 class ScheduleFreeState(NamedTuple):
@@ -162,18 +164,16 @@ def rule(
     """Builds an optimizer from the four seams; every public optimizer calls this."""
     by_weight = b1 if isinstance(b1, ByWeight) else None
     beta: optax.ScalarOrSchedule = b1.first if isinstance(b1, ByWeight) else b1
-    _checks.interpolation("b1", beta)
-    _checks.floating_dtype("state_dtype", state_dtype)
-    needs_x = not callable(beta) and may_be_zero(beta)
+    needs_x = not callable(beta) and may_lose_x(beta)
 
     def next_b1(count: jax.Array) -> jax.typing.ArrayLike:
-        return beta(count) if callable(beta) else beta
+        return _arguments.at("b1", beta, count)
 
     def init(params: optax.Params) -> ScheduleFreeState:
         _checks.inexact_leaves(params)
         keeps_x = store_x or needs_x
-        if callable(beta) and not keeps_x:
-            _checks.starts_above_zero("b1", beta)
+        if callable(beta):
+            _arguments.schedule_within(beta, 0.0 if keeps_x else LEAST_B1, 1.0)
         z = jax.tree.map(lambda p: _copy(p, leaf_dtype(p, state_dtype)), params)
         x = jax.tree.map(
             lambda z, p: (
@@ -236,13 +236,18 @@ def rule(
             grads, state.base_state, iterates, state.count, lr.hi, extra_args
         )
         if base.lr_scale is not None:
-            lr = _double.multiply(lr, double(base.lr_scale(base_state)))
+            scale = _arguments.scalar("lr_scale", base.lr_scale(base_state))
+            lr = _double.multiply(lr, double(scale))
         ckp1, weights = mean(
             state.count,
             lr,
             Weights(Double(state.weight_ratio, state.weight_ratio_lo), state.lr_max),
         )
         b1_of_y, b1_of_x = next_b1(state.count), state.b1
+        is_any_lean = any(jax.tree.leaves(_lean_leaves(state)))
+        if callable(beta) and is_any_lean:
+            # A schedule that init could not look at, or not at every count.
+            b1_of_y = jnp.maximum(b1_of_y, LEAST_B1)
         if by_weight is not None:
             b1_of_y = b1_of_x = by_weight.of(state.count, ckp1)
             share_of_x = once(state.count, state.b1 / b1_of_y)
@@ -253,9 +258,9 @@ def rule(
             )
         if average is not None:
             share = average(state.count, lr.hi, b1_of_y, ckp1)
-            ckp1 = jnp.asarray(share, scalar_dtype())
+            ckp1 = jnp.asarray(_arguments.scalar("average", share), scalar_dtype())
         ckp1 = once(state.count, ckp1)
-        if any(jax.tree.leaves(_lean_leaves(state))):
+        if is_any_lean:
             # Computed only where needed: they divide by β, which may be 0 where x is
             # stored.
             lean_coefficients = once(
@@ -332,8 +337,8 @@ def rule(
         if any(jax.tree.leaves(lean)):
             if needs_x:
                 raise ValueError(
-                    "the state does not hold x, which b1 = 0 needs, and so does a b1 "
-                    "in an array. Pass a number above 0 (inject_hyperparams: "
+                    "the state does not hold x, which a b1 near 0 needs, and so does "
+                    "one in an array. Pass a number above 0 (inject_hyperparams: "
                     'static_args=("b1",)), or state._replace(x=sf_jax.eval_params('
                     "state, params))."
                 )
@@ -342,6 +347,7 @@ def rule(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@checked()
 def schedule_free(
     base_optimizer: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
@@ -390,7 +396,7 @@ def schedule_free(
         ``learning_rate`` that its state holds after a step.
       store_x: keep x in the state (one more array a leaf), so that ``eval_params``
         needs no params. x is always kept for parameters narrower than z and where b1
-        is 0 or an array, which may become 0: y does not determine it then. Under
+        is below 1/64 or an array, which may become 0: y does not give it then. Under
         ``optax.inject_hyperparams`` all numbers are arrays; ``static_args=("b1",)``
         leaves x out. ``optax.tree_map_params`` cannot know the parameters' dtypes:
         where they are narrower than z, let it have ``store_x=True``.
@@ -432,8 +438,34 @@ def schedule_free(
     References:
       Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
     """
-    _checks.learning_rate(learning_rate)
-    _checks.choice("decay_at", decay_at, SEQUENCES)
+    return over(
+        base_optimizer,
+        learning_rate,
+        b1,
+        weight_lr_power,
+        state_dtype,
+        r=r,
+        average=average,
+        decay_at=decay_at,
+        lr_scale=lr_scale,
+        store_x=store_x,
+    )
+
+
+def over(
+    base_optimizer: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    b1: optax.ScalarOrSchedule | ByWeight,
+    weight_lr_power: float,
+    state_dtype: jax.typing.DTypeLike | None,
+    *,
+    r: float,
+    average: Average | None,
+    decay_at: str,
+    lr_scale: Callable[[Any], jax.typing.ArrayLike] | None = None,
+    store_x: bool,
+) -> optax.GradientTransformationExtraArgs:
+    """:func:`schedule_free`, whose arguments have been checked."""
     _averaging.check_average(average, r, weight_lr_power)
     transformation = optax.with_extra_args_support(base_optimizer)
     base_update = _meshes.auto(transformation.update)
@@ -510,9 +542,9 @@ def _one_more(count: jax.Array) -> jax.Array:
     return count + (count < jnp.iinfo(count.dtype).max).astype(count.dtype)
 
 
-def may_be_zero(b1: jax.typing.ArrayLike) -> bool:
-    """Whether b1 is 0, or an array, which may hold 0 and cannot be read under jit."""
-    return not _checks.is_number(b1) or bool(b1 == 0)
+def may_lose_x(b1: Any) -> bool:
+    """Whether y may not determine x: for a b1 near 0, or an array, which may hold 0."""
+    return not _arguments.is_number(b1) or bool(b1 < LEAST_B1)
 
 
 def is_lean(x: Any) -> bool:

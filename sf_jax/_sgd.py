@@ -15,12 +15,12 @@ from typing import Any
 import jax
 import optax
 
-from sf_jax import _averaging, _checks
+from sf_jax import _averaging
+from sf_jax._arguments import checked
 from sf_jax._averaging import Average
 from sf_jax._decay import Mask, add_decay
 from sf_jax._rounding import rounding_of
 from sf_jax._schedule_free import (
-    SEQUENCES,
     Base,
     Iterates,
     downhill,
@@ -49,6 +49,7 @@ def sgd_base(
     return Base(lambda z: optax.EmptyState(), update)
 
 
+@checked()
 def schedule_free_sgd(
     learning_rate: optax.ScalarOrSchedule = 1.0,
     warmup_steps: int | None = None,
@@ -109,7 +110,7 @@ def schedule_free_sgd(
       ValueError: b1 outside [0, 1], a negative learning rate, weight decay or number
         of steps, an unknown ``decay_at`` or ``rounding``, a seed out of range, or
         ``rounding="stochastic"`` with another ``state_dtype`` than bfloat16.
-      TypeError: ``warmup_steps`` that is not a whole number.
+      TypeError: an argument of a wrong type; ``warmup_steps`` that is not whole.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sf_jax
@@ -126,10 +127,6 @@ def schedule_free_sgd(
     References:
       Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
     """
-    _checks.learning_rate(learning_rate)
-    _checks.warmup_steps(warmup_steps)
-    _checks.weight_decay(weight_decay)
-    _checks.choice("decay_at", decay_at, SEQUENCES)
     _averaging.check_average(average, r, weight_lr_power)
     return rule(
         sgd_base(weight_decay, decay_at, mask),

@@ -1,9 +1,13 @@
-"""Checks of options. Each error quotes the value and says what would be right."""
+"""The arguments of the optimizers: one table of what each may be, and its check.
 
-import math
+The errors, the table of the documentation and the fuzz of the tests are drawn from
+:data:`ARGUMENTS`. Each error names the argument, quotes the value and says what would
+be right.
+"""
+
 import numbers
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +16,48 @@ DECAY_AT = ("y", "z", "x")
 ROUNDINGS = ("nearest", "stochastic")
 
 
-def options(group: Mapping[str, Any]) -> None:
-    """Refuses what a parameter group cannot mean."""
-    for name, check in _CHECKS.items():
+class Kind(NamedTuple):
+    """What an argument may be."""
+
+    accepts: str  # in words, after "must be"
+    advice: str  # what it is, or what to give instead
+    # The value as it is kept: a Python number for NumPy's. Raises what is no value of
+    # this kind: TypeError by its type, ValueError by its size.
+    read: Callable[[Any], Any]
+
+
+def check(name: str, value: Any, kind: Kind | None = None) -> Any:
+    """The value as it is to be kept.
+
+    Raises:
+      TypeError: a value of a type that the argument cannot have.
+      ValueError: a value of that type which the argument cannot have.
+    """
+    kind = kind or ARGUMENTS[name]
+    try:
+        return kind.read(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(
+            f"{name} must be {kind.accepts}, got {_shown(value)}. {kind.advice}"
+        ) from None
+
+
+def options(
+    group: dict[str, Any],
+    kinds: Mapping[str, Kind] | None = None,
+    names: Iterable[str] | None = None,
+) -> None:
+    """Refuses what a parameter group cannot mean; what it can, becomes plain Python.
+
+    Args:
+      group: the options, which are written back as :func:`check` returns them.
+      kinds: of the optimizer; :data:`ARGUMENTS` by default.
+      names: the options to look at; by default all that have a kind.
+    """
+    kinds = kinds or ARGUMENTS
+    for name in kinds if names is None else names:
         if name in group:
-            check(name, group[name])
-    random_rounding(group)
+            group[name] = check(name, group[name], kinds[name])
 
 
 def dtypes(params: list[Tensor]) -> None:
@@ -28,90 +68,6 @@ def dtypes(params: list[Tensor]) -> None:
                 f"a parameter with a gradient has dtype {p.dtype}, which cannot be "
                 "averaged. Leave it out of the optimizer, or without a gradient."
             )
-
-
-def interpolation(name: str, value: Any) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(
-            f"{name} must lie in [0, 1], got {value}. It is the weight of x in y "
-            "(usually 0.9 to 0.98)."
-        )
-
-
-def decay_rate(name: str, value: Any) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(
-            f"{name} must lie in [0, 1), got {value}. It is the decay rate of a "
-            "moving average (usually 0.9 to 0.999)."
-        )
-
-
-def betas(name: str, value: Any) -> None:
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise ValueError(f"{name} must be a pair, got {value!r}. Give (0.9, 0.999).")
-    interpolation(f"{name}[0]", value[0])
-    decay_rate(f"{name}[1]", value[1])
-
-
-def learning_rate(name: str, value: Any) -> None:
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(
-            f"{name} must hold one number, got a tensor of shape {tuple(value.shape)}. "
-            "Give parameters with other step sizes a group of their own."
-        )
-    non_negative(name, value)
-
-
-def non_negative(name: str, value: Any) -> None:
-    if not value >= 0 or math.isinf(value):
-        raise ValueError(
-            f"{name} must not be negative, got {value}. Give its magnitude, a finite "
-            "number."
-        )
-
-
-def warmup_steps(name: str, value: Any) -> None:
-    # Trainers that read their arguments from a command line pass 100.0.
-    if not isinstance(value, numbers.Real) or value % 1 != 0:
-        raise TypeError(
-            f"{name} must be a whole number, got {value}. It counts steps; for a share "
-            "of the run, give that share times the number of its steps."
-        )
-    if value < 0:
-        raise ValueError(
-            f"{name} must not be negative, got {value}. It counts steps; 0 turns it "
-            "off."
-        )
-
-
-def choice(choices: tuple[str, ...]) -> Callable[[str, Any], None]:
-    """The check that a value is one of these."""
-
-    def check(name: str, value: Any) -> None:
-        if value not in choices:
-            raise ValueError(
-                f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}."
-            )
-
-    return check
-
-
-def state_dtype(name: str, value: Any) -> None:
-    if value is None:
-        return
-    if not isinstance(value, torch.dtype) or not value.is_floating_point:
-        raise ValueError(
-            f"{name} must be a floating dtype, got {value}. Leave it out to keep the "
-            "state at least in float32."
-        )
-
-
-def seed(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
-        raise ValueError(
-            f"{name} must be a whole number from 0 to 2**32 - 1, got {value!r}. It is "
-            "the key of the random bits."
-        )
 
 
 def random_rounding(group: Mapping[str, Any]) -> None:
@@ -144,52 +100,310 @@ def random_rounding(group: Mapping[str, Any]) -> None:
             )
 
 
-def boolean(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(
-            f"{name} must be True or False, got {value!r}. If this number was meant "
-            "for another argument, give both by name: the order of arguments may "
-            "differ between versions of schedulefree."
-        )
+# What reads a value
 
 
-def optional_boolean(name: str, value: Any) -> None:
-    if value is not None:
-        boolean(name, value)
+def _number(value: Any) -> float:
+    """A Python or NumPy number as a float. A bool is none, though Python has it so."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError
+    return float(value)
 
 
-def finite(name: str, value: Any) -> None:
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}. Leave it out for 0.")
+def _whole(value: Any) -> int:
+    # Trainers that read their arguments from a command line pass 100.0.
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or value % 1 != 0:
+        raise TypeError
+    return int(value)  # type: ignore[call-overload]
 
 
-_CHECKS: dict[str, Callable[[str, Any], None]] = {
-    "lr": learning_rate,
-    "momentum": interpolation,
-    "betas": betas,
-    "inner_momentum": decay_rate,
-    "eps": non_negative,
-    "weight_decay": non_negative,
-    "warmup_steps": warmup_steps,
-    "c_warmup": warmup_steps,
-    "sf_beta1_anneal_steps": warmup_steps,
-    "sf_beta1": interpolation,
-    "sf_beta1_max": decay_rate,
-    "polyak_beta": decay_rate,
-    "loss_floor": finite,
-    "mu_y": interpolation,
-    "mu_x": interpolation,
-    "refined_c": non_negative,
-    "decay_at": choice(DECAY_AT),
-    "state_dtype": state_dtype,
-    "moment_dtype": state_dtype,
-    "rounding": choice(ROUNDINGS),
-    "seed": seed,
-    "foreach": optional_boolean,
-    "fused": optional_boolean,
-    "capturable": boolean,
-    "store_x": boolean,
-    "silent_sgd_phase": boolean,
-    "upstream_compatible": boolean,
-    "skip_nonfinite": boolean,
+def _boolean(value: Any) -> bool:
+    # NumPy's is not Python's, and torch must not be asked for NumPy's.
+    if type(value).__name__ not in ("bool", "bool_"):
+        raise TypeError
+    return bool(value)
+
+
+def _within(
+    read: Callable[[Any], Any], low: float, high: float, below: float | None = None
+) -> Callable[[Any], Any]:
+    """As ``read``, for numbers from low to high and below another number."""
+
+    def within(value: Any) -> Any:
+        number = read(value)
+        if not low <= number <= high or (below is not None and number >= below):
+            raise ValueError
+        return number
+
+    return within
+
+
+def _step_size(value: Any) -> Any:
+    """A tensor stays what it is, so that it may be written to between steps."""
+    if isinstance(value, Tensor):
+        if value.dtype == torch.bool or value.is_complex():
+            raise TypeError
+        if value.numel() != 1:
+            raise ValueError
+        STEP_SIZE.read(float(value))
+        return value
+    return _within(_number, 0, LARGEST)(value)
+
+
+def _dtype(value: Any) -> torch.dtype:
+    if not isinstance(value, torch.dtype):
+        raise TypeError
+    if value not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError
+    return value
+
+
+def pair(value: Any) -> tuple[Any, Any]:
+    """The two parts of a tuple or list."""
+    if not isinstance(value, (tuple, list)):
+        raise TypeError
+    first, second = value
+    return first, second
+
+
+def _betas(value: Any) -> tuple[float, float]:
+    b1, b2 = pair(value)
+    return INTERPOLATION.read(b1), DECAY_RATE.read(b2)
+
+
+def _decay_rates(value: Any) -> tuple[float, float]:
+    b1, b2 = _betas(value)
+    return DECAY_RATE.read(b1), b2
+
+
+def _coefficients(value: Any) -> tuple[float, float, float]:
+    if not isinstance(value, (tuple, list)):
+        raise TypeError
+    a, b, c = map(_number, value)
+    # What becomes of the singular values of a matrix whose norm is 1.
+    for start in range(9):
+        s = start / 8
+        for _ in range(MOST_NS_STEPS):
+            s = a * s + b * s**3 + c * s**5
+            if not abs(s) < 100:
+                raise ValueError
+    return a, b, c
+
+
+def _params(value: Any) -> Any:
+    if isinstance(value, (Tensor, str, bytes)) or not isinstance(value, Iterable):
+        raise TypeError
+    return value
+
+
+def _optimizer(value: Any) -> torch.optim.Optimizer:
+    if not isinstance(value, torch.optim.Optimizer):
+        raise TypeError
+    return value
+
+
+def _process_group(value: Any) -> Any:
+    if not callable(getattr(value, "rank", None)):
+        raise TypeError
+    return value
+
+
+def _one_of(*choices: Any) -> Kind:
+    def read(value: Any) -> Any:
+        if value is not None and not isinstance(value, str):
+            raise TypeError
+        if value not in choices:
+            raise ValueError
+        return value
+
+    return Kind(f"one of {', '.join(map(repr, choices))}", "Choose one.", read)
+
+
+def _or_none(kind: Kind) -> Kind:
+    def read(value: Any) -> Any:
+        return None if value is None else kind.read(value)
+
+    return kind._replace(accepts=f"None or {kind.accepts}", read=read)
+
+
+def _shown(value: Any) -> str:
+    """The value in an error, in one line and not too long."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        return f"an integer of {value.bit_length()} bits"
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+# The kinds
+
+LARGEST = 1e30
+"""Of step sizes and the like: their product with a gradient still fits a float32."""
+MOST_NS_STEPS = 99
+
+PARAMS = Kind(
+    "parameters or groups of them",
+    "Give model.parameters(), or a list.",
+    _params,
+)
+BASE = Kind(
+    "a torch optimizer",
+    "Build it first: ScheduleFreeWrapper(torch.optim.SGD(params, lr=0.1)).",
+    _optimizer,
+)
+INTERPOLATION = Kind(
+    "a number in [0, 1]",
+    "It is the weight of one average in another (β, usually 0.9 to 0.98).",
+    _within(_number, 0, 1),
+)
+DECAY_RATE = Kind(
+    "a number in [0, 1)",
+    "It is the decay rate of a moving average (usually 0.9 to 0.999).",
+    _within(_number, 0, 1, below=1),
+)
+BETAS = Kind(
+    "a pair of numbers, the first in [0, 1], the second in [0, 1)",
+    "They are β, the weight of x in y, and a decay rate: give (0.9, 0.999).",
+    _betas,
+)
+DECAY_RATES = Kind(
+    "a pair of numbers in [0, 1)",
+    "They are the decay rates of moving averages: give (0.9, 0.95).",
+    _decay_rates,
+)
+STEP_SIZE = Kind(
+    "a number in [0, 1e30], or a tensor that holds one",
+    "It is the step size: give its magnitude. Parameters with another step size are a "
+    "group of their own.",
+    _step_size,
+)
+FACTOR = Kind(
+    "a number in [1e-30, 1e30]",
+    "It is a factor on a step size that is found, 1 unless you know better.",
+    _within(_number, 1e-30, LARGEST),
+)
+MAGNITUDE = Kind(
+    "a number in [0, 1e30]", "Give its magnitude.", _within(_number, 0, LARGEST)
+)
+FLOOR = Kind(
+    "a number in [-1e30, 1e30] or a function of k that gives one",
+    "It is the least loss thought possible; a group holds its present value.",
+    _within(_number, -LARGEST, LARGEST),
+)
+PROCESS_GROUP = Kind(
+    "a process group of torch.distributed",
+    "Give what torch.distributed.new_group returned.",
+    _process_group,
+)
+POWER = Kind(
+    "a number in [-1e15, 1e15]",
+    "It is the power with which steps are weighed, usually 0 to 2.",
+    _within(_number, -1e15, 1e15),
+)
+STEPS = Kind(
+    "a whole number in [0, 2147483647]",
+    "It counts steps, 0 for none; for a share of the run, give that share times the "
+    "number of its steps.",
+    _within(_whole, 0, 2**31 - 1),
+)
+TWO_STEPS = Kind(
+    "a whole number in [2, 2147483647]",
+    "β begins to grow after them.",
+    _within(_whole, 2, 2**31 - 1),
+)
+NS_STEPS = Kind(
+    f"a whole number in [0, {MOST_NS_STEPS}]",
+    "It counts iterations of Newton-Schulz, usually 5.",
+    _within(_whole, 0, MOST_NS_STEPS),
+)
+EVERY = Kind(
+    "a whole number in [1, 2147483647]",
+    "It counts the steps from one recorded y and x to the next.",
+    _within(_whole, 1, 2**31 - 1),
+)
+SEED = Kind(
+    "a whole number in [0, 4294967295]",
+    "It is the key of the random bits.",
+    _within(_whole, 0, 2**32 - 1),
+)
+ESTIMATE = Kind(
+    "a number in [1e-12, 1e6]",
+    "Prodigy multiplies its estimates, and the first of them is best left at 1e-6.",
+    _within(_number, 1e-12, 1e6),
+)
+COEFFICIENTS = Kind(
+    "three numbers that keep the iteration bounded",
+    "Leave them out for Muon's own.",
+    _coefficients,
+)
+BOOLEAN = Kind(
+    "True or False",
+    "If this value was meant for another argument, give both by name: the order of "
+    "arguments may differ between versions of schedulefree.",
+    _boolean,
+)
+DTYPE = _or_none(
+    Kind(
+        "a floating dtype of 16 bits or more",
+        "Leave it out to keep the state at least in float32.",
+        _dtype,
+    )
+)
+
+ARGUMENTS: dict[str, Kind] = {
+    "params": PARAMS,
+    "base": BASE,
+    "lr": STEP_SIZE,
+    "adam_lr": _or_none(STEP_SIZE),
+    "momentum": INTERPOLATION,
+    "betas": BETAS,
+    "inner_momentum": DECAY_RATE,
+    "row_b2": _or_none(DECAY_RATE),
+    "eps": MAGNITUDE,
+    "weight_decay": MAGNITUDE,
+    "weight_decay_at_x": MAGNITUDE,
+    "weight_decay_at_y": MAGNITUDE,
+    "warmup_steps": STEPS,
+    "r": POWER,
+    "weight_lr_power": POWER,
+    "refined_c": MAGNITUDE,
+    "b1": INTERPOLATION,
+    "steps": TWO_STEPS,
+    "rho": MAGNITUDE,
+    "mu_y": INTERPOLATION,
+    "mu_x": INTERPOLATION,
+    "sf_beta1": INTERPOLATION,
+    "sf_beta1_anneal_steps": STEPS,
+    "sf_beta1_max": DECAY_RATE,
+    "polyak_beta": DECAY_RATE,
+    "c_warmup": STEPS,
+    "loss_floor": FLOOR,
+    "estim_lr0": ESTIMATE,
+    "estim_lr_coef": ESTIMATE,
+    "beta3": _or_none(DECAY_RATE),
+    "safeguard_warmup": BOOLEAN,
+    "variant": _one_of("standard", "algoperf"),
+    "nesterov": BOOLEAN,
+    "ns_coefficients": COEFFICIENTS,
+    "ns_steps": NS_STEPS,
+    "ns_dtype": DTYPE,
+    "adjust_lr_fn": _one_of(None, "original", "match_rms_adamw"),
+    "decay_at": _one_of(*DECAY_AT),
+    "decay_at_z": BOOLEAN,
+    "state_dtype": DTYPE,
+    "moment_dtype": DTYPE,
+    "rounding": _one_of(*ROUNDINGS),
+    "seed": SEED,
+    "every": EVERY,
+    "foreach": _or_none(BOOLEAN),
+    "fused": _or_none(BOOLEAN),
+    "capturable": BOOLEAN,
+    "store_x": BOOLEAN,
+    "silent_sgd_phase": BOOLEAN,
+    "upstream_compatible": BOOLEAN,
+    "skip_nonfinite": BOOLEAN,
+    "process_group": _or_none(PROCESS_GROUP),
 }
+OF_MUON = {**ARGUMENTS, "momentum": DECAY_RATE}
+OF_MOMENTS = {**ARGUMENTS, "betas": DECAY_RATES}
+OF_PRODIGY = {**ARGUMENTS, "lr": MAGNITUDE}

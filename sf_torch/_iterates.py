@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from sf_torch import _checks, _loaded
 from sf_torch._step import dispatch, formula, fused
@@ -33,9 +34,21 @@ NEEDED = (
 of the published packages. Others were added later, and have defaults."""
 
 
+LEAST_B1 = 1 / 64
+"""The least β with which y and z give x: the error of a y is 1 / β as large in x."""
+
+
 class Iterates(torch.optim.Optimizer):
     """The groups, modes and state of an optimizer; how it steps is added by
     :class:`~sf_torch._optimizer.ScheduleFree`."""
+
+    # What each argument may be, for the errors and the documentation
+    _kinds: Mapping[str, _checks.Kind] = _checks.ARGUMENTS
+
+    def __init__(self, params: ParamsT, defaults: Group) -> None:
+        _checks.check("params", params)
+        _checks.options(defaults, self._kinds)
+        super().__init__(params, defaults)
 
     # What the state holds depends on these
 
@@ -52,8 +65,8 @@ class Iterates(torch.optim.Optimizer):
         return bool(self._moments(group)) and not group.get("upstream_compatible")
 
     def _stores_x(self, group: Group) -> bool:
-        """Whether x is kept even where y has it in full; β = 0 leaves no other way."""
-        return group["store_x"] or 0 in (group["b1"], self._beta(group))
+        """Whether x is kept even where y has it; β near 0 leaves no other way."""
+        return group["store_x"] or min(group["b1"], self._beta(group)) < LEAST_B1
 
     # Whether the state holds y in train mode too, and not only where it is saved.
     _stores_y = False
@@ -280,18 +293,19 @@ class Iterates(torch.optim.Optimizer):
             param_group.setdefault("train_mode", self.training)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        group.update({k: _plain(group[k]) for k in group if k != "params"})
         try:
             _checks.dtypes([p for p in group["params"] if p.requires_grad])
             self._check_group(group, self.param_groups[0])
         except Exception:
             del self.param_groups[-1]
             raise
+        group.update({k: _plain(group[k]) for k in group if k != "params"})
         group.setdefault("b1", self._beta(group))
 
     def _check_group(self, group: Group, first: Group) -> None:
         """Refuses options; ``first`` is the first of the groups that it is one of."""
-        _checks.options(group)
+        _checks.options(group, self._kinds)
+        _checks.random_rounding(group)
         fused.check(group)
 
     def _needed(self, group: Group) -> list[str]:

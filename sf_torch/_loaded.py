@@ -182,7 +182,7 @@ _COUNTERS: dict[str, Callable[[str, Any], None]] = {
     "scheduled_lr": _number(0),
     "grad_l1_ema": _number(0),
     "b1": _number(0, 1),
-    "train_mode": _checks.boolean,
+    "train_mode": partial(_checks.check, kind=_checks.BOOLEAN),
 }
 
 

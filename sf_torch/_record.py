@@ -25,6 +25,7 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sf_torch import _checks
 from sf_torch._archive import refuse_sharded
 from sf_torch._files import write_whole
 
@@ -65,11 +66,7 @@ class Recorder:
         every: int = 1,
         model: torch.nn.Module | None = None,
     ) -> None:
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(
-                f"every must be a positive integer, got {every!r}. It counts the steps "
-                "from one recorded y and x to the next; gradients are always recorded."
-            )
+        every = _checks.check("every", every)
         _safetensors()
         self._names = _names(optimizer, model)
         refuse_sharded({name: p for p, name in self._names.items()})

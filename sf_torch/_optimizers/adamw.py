@@ -80,7 +80,7 @@ class AdamWScheduleFree(ScheduleFree):
       ValueError: an argument out of its range, or ``rounding="stochastic"`` with
         another ``state_dtype`` than bfloat16, with ``fused`` or ``capturable``, or for
         distributed parameters.
-      TypeError: ``warmup_steps`` that is not a whole number.
+      TypeError: an argument of a wrong type; ``warmup_steps`` that is not whole.
 
     Examples:
       >>> import torch, sf_torch
@@ -330,15 +330,15 @@ class AdamWScheduleFreeReference(Reference, AdamWScheduleFree):
         **options: Any,
     ) -> None:
         common = (lr, betas, eps, weight_decay, warmup_steps, r, weight_lr_power)
-        _checks.boolean("decay_at_z", decay_at_z)
-        if decay_at_z:
+        if _checks.check("decay_at_z", decay_at_z):
             options["decay_at"] = "z"
         super().__init__(params, *common, *args, **options)
 
     # Meta's class of this name keeps in its groups whether decay is taken at z.
 
     def add_param_group(self, param_group: Group) -> None:
-        if param_group.get("decay_at_z"):
+        at_z = param_group.get("decay_at_z", False)
+        if _checks.check("decay_at_z", at_z):
             param_group["decay_at"] = "z"
         super().add_param_group(param_group)
         group = self.param_groups[-1]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from sf_torch import _checks
 from sf_torch._optimizer import ScheduleFree, bookkeeping
 from sf_torch._optimizers.adamw import AdamWScheduleFree
 from sf_torch._step.numbers import Numbers
@@ -70,7 +71,7 @@ class GPAAdamW(AdamWScheduleFree):
     Raises:
       ValueError: an argument out of its range, or ``rounding="stochastic"`` with
         ``upstream_compatible``, or where :class:`AdamWScheduleFree` refuses it.
-      TypeError: ``warmup_steps`` that is not a whole number.
+      TypeError: an argument of a wrong type; ``warmup_steps`` that is not whole.
 
     Examples:
       >>> import torch, sf_torch
@@ -88,6 +89,8 @@ class GPAAdamW(AdamWScheduleFree):
       Defazio et al., *Smoothing DiLoCo with Primal Averaging for Faster Training of
         LLMs*, https://arxiv.org/abs/2512.17131
     """
+
+    _kinds = _checks.OF_MOMENTS
 
     def __init__(
         self,

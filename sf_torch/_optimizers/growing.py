@@ -14,6 +14,7 @@ References:
 
 import dataclasses
 import functools
+from typing import Any
 
 from sf_torch import _checks
 
@@ -39,6 +40,29 @@ class Growing:
 
     def _grown(self, ratio: float) -> float:
         return 1 - (1 - self.b1) * ratio**self.rho
+
+
+def _momentum(value: Any) -> Any:
+    return value if isinstance(value, Growing) else _checks.INTERPOLATION.read(value)
+
+
+def _betas(value: Any) -> tuple[Any, float]:
+    b1, b2 = _checks.pair(value)
+    return _momentum(b1), _checks.DECAY_RATE.read(b2)
+
+
+OF_WRAPPER = _checks.ARGUMENTS | {
+    "momentum": _checks.INTERPOLATION._replace(
+        accepts="a number in [0, 1], or what growing_b1 returns", read=_momentum
+    )
+}
+OF_MUON = _checks.OF_MUON | {
+    "betas": _checks.BETAS._replace(
+        accepts="a pair, of a number in [0, 1] or what growing_b1 returns and a number "
+        "in [0, 1)",
+        read=_betas,
+    )
+}
 
 
 def growing_b1(b1: float = 0.9, steps: int = 1000, rho: float = 0.5) -> Growing:
@@ -73,13 +97,9 @@ def growing_b1(b1: float = 0.9, steps: int = 1000, rho: float = 0.5) -> Growing:
     References:
       Kim et al., *AMUSE*, https://arxiv.org/abs/2605.22432
     """
-    _checks.interpolation("b1", b1)
-    _checks.non_negative("rho", rho)
-    if steps < 2:
-        raise ValueError(
-            f"steps must be at least 2, got {steps}. β begins to grow after them."
-        )
-    return Growing(b1, steps, rho)
+    given: dict[str, Any] = {"b1": b1, "steps": steps, "rho": rho}
+    _checks.options(given)
+    return Growing(**given)
 
 
 @functools.cache

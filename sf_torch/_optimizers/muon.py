@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from sf_torch import _checks
-from sf_torch._optimizers.growing import Growing
+from sf_torch._optimizers.growing import OF_MUON, Growing
 from sf_torch._optimizers.wrapper import ScheduleFreeWrapper
 from sf_torch._step.batches import is_flat
 from sf_torch._step.numbers import EPS_FLOOR
@@ -105,6 +105,8 @@ class MuonScheduleFree(ScheduleFreeWrapper):
       Li et al., *NorMuon*, https://arxiv.org/abs/2510.05491
     """
 
+    _kinds, _checked = OF_MUON, None
+
     def __init__(
         self,
         params: ParamsT,
@@ -130,39 +132,33 @@ class MuonScheduleFree(ScheduleFreeWrapper):
         skip_nonfinite: bool = False,
         upstream_compatible: bool = False,
     ) -> None:
-        beta = betas[0]
-        if isinstance(beta, Growing):
-            _checks.decay_rate("betas[1]", betas[1])
-        else:
-            _checks.betas("betas", betas)
-        if upstream_compatible:
+        beta, b2 = _checks.check("betas", betas, OF_MUON["betas"])
+        same: dict[str, Any] = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+        of_muon: dict[str, Any] = {
+            "momentum": momentum,
+            "row_b2": row_b2,
+            "nesterov": nesterov,
+            "adjust_lr_fn": adjust_lr_fn,
+            "ns_steps": ns_steps,
+            "ns_dtype": ns_dtype,
+        }
+        for options in (same, of_muon):
+            _checks.options(options, self._kinds)
+        same["eps"] = max(same["eps"], EPS_FLOOR)
+        foreach = _checks.check("foreach", foreach)
+        adam_lr = _checks.check("adam_lr", adam_lr)
+        warmup_steps = _checks.check("warmup_steps", warmup_steps)
+        if _checks.check("upstream_compatible", upstream_compatible):
             beta = _as_published(beta, warmup_steps)
-        _checks.learning_rate("lr", lr)
-        _checks.non_negative("eps", eps)
-        _checks.non_negative("weight_decay", weight_decay)
         matrices, rest = _by_dimensions(params)
         if adam_lr is not None:
-            _checks.learning_rate("adam_lr", adam_lr)
             rest = [{**group, "lr": adam_lr} for group in rest]
-        same = {"lr": lr, "eps": max(eps, EPS_FLOOR), "weight_decay": weight_decay}
         bases: list[torch.optim.Optimizer] = []
         if matrices:
-            muon = Muon(
-                matrices,
-                momentum=momentum,
-                row_b2=row_b2,
-                nesterov=nesterov,
-                adjust_lr_fn=adjust_lr_fn,
-                ns_steps=ns_steps,
-                ns_dtype=ns_dtype,
-                **same,
-            )
-            bases.append(muon)
+            bases.append(Muon(matrices, **of_muon, **same))
         if rest:
             # β takes the place of the first moment.
-            adamw = torch.optim.AdamW(
-                rest, betas=(0.0, betas[1]), foreach=foreach, **same
-            )
+            adamw = torch.optim.AdamW(rest, betas=(0.0, b2), foreach=foreach, **same)
             bases.append(adamw)
         super().__init__(
             CombinedOptimizer(*bases),
@@ -213,7 +209,7 @@ class MuonScheduleFree(ScheduleFreeWrapper):
 def _as_published(beta: Any, warmup_steps: int) -> Growing:
     if not isinstance(beta, Growing) or beta.b1 == 0:
         raise ValueError(
-            "upstream_compatible is about a β that grows from above 0, got "
+            "upstream_compatible=True needs a β that grows from above 0, got "
             f"betas[0] = {beta}. Pass growing_b1(0.6, steps=6000, rho=0.8) there."
         )
     if warmup_steps != beta.steps:
@@ -226,12 +222,7 @@ def _as_published(beta: Any, warmup_steps: int) -> Growing:
 
 def _by_dimensions(params: ParamsT) -> tuple[list[Any], list[Any]]:
     """Groups of the matrices, and groups of the rest, each with its group's options."""
-    if isinstance(params, Tensor):
-        raise TypeError(
-            "params must be parameters or groups of them, got one tensor. Put it into "
-            "a list."
-        )
-    given: list[Any] = list(params)
+    given: list[Any] = list(_checks.check("params", params))
     groups: list[dict[str, Any]]
     groups = given if given and isinstance(given[0], dict) else [{"params": given}]
     matrices: list[dict[str, Any]] = []
@@ -244,6 +235,11 @@ def _by_dimensions(params: ParamsT) -> tuple[list[Any], list[Any]]:
             )
         params = group["params"]
         members = [params] if isinstance(params, Tensor) else list(params)
+        if odd := [m for m in members if not isinstance(_parameter(m), Tensor)]:
+            raise TypeError(
+                f"params must be parameters or groups of them, got {odd[0]!r}. Give "
+                "model.parameters()."
+            )
         if any(is_flat(_parameter(m)) for m in members):
             raise ValueError(
                 "the parameters are parts of FSDP1's, which are flat, and Muon needs "

@@ -131,6 +131,8 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
         Large Language Models*, https://arxiv.org/abs/2605.19095
     """
 
+    _kinds = _checks.OF_MOMENTS
+
     def __init__(
         self,
         params: ParamsT,
@@ -156,9 +158,9 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
         loss_floor: float | Callable[[int], float] = 0.0,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        self.process_group = process_group
+        self.process_group = _checks.check("process_group", process_group)
         if callable(loss_floor):
-            self._floor_at, loss_floor = loss_floor, loss_floor(0)
+            self._floor_at, loss_floor = loss_floor, _floor(loss_floor)
         options = {
             "lr": lr,
             "betas": betas,
@@ -208,7 +210,6 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
                 "the group that they are sharded over (torch.distributed.group.WORLD "
                 "unless you gave another), or shard with fully_shard."
             )
-        _checks.decay_rate("betas[0]", group["betas"][0])
         for name in ("polyak_beta", "upstream_compatible", "loss_floor"):
             follows = name == "loss_floor" and self._floor_at
             if group[name] != first[name] and not follows:
@@ -219,7 +220,7 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
                 )
         if group["sf_beta1_anneal_steps"]:
             # An average that is all of y could never be left again.
-            _checks.decay_rate("sf_beta1", group["sf_beta1"])
+            _checks.check("sf_beta1", group["sf_beta1"], _checks.DECAY_RATE)
 
     def step_func(
         self, function_value: float | Tensor, grad_norm: float | Tensor | None = None
@@ -305,7 +306,9 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
         self._told = MappingProxyType({})
         # One mean for all groups, kept in each; the first has all its steps.
         first = drafts[0]
-        floor = self._floor_at(first["k"]) if self._floor_at else first["loss_floor"]
+        floor = first["loss_floor"]
+        if self._floor_at:
+            floor = _checks.check("loss_floor", self._floor_at(first["k"]))
         gap = self._mean_loss(loss) - floor + inner
         p = first["polyak_beta"]
         mean = p * first["grad_l1_ema"] + (1 - p) * math.sqrt(math.pi / 2) * norm
@@ -428,3 +431,14 @@ def _square(g: Tensor) -> Tensor:
 
 def _number(value: float | Tensor) -> float:
     return float(of_all_shards(value) if isinstance(value, Tensor) else value)
+
+
+def _floor(of_k: Callable[[int], float]) -> float:
+    """The floor of the first step by a function of k, called before anything begins."""
+    try:
+        return _checks.check("loss_floor", of_k(0))
+    except Exception as error:
+        raise TypeError(
+            f"loss_floor must be a number or a function of k, got {of_k!r}, and with "
+            f"k = 0 {type(error).__name__}: {error}"
+        ) from error

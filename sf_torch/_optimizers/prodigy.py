@@ -32,8 +32,6 @@ from sf_torch._optimizers.wrapper import ScheduleFreeWrapper
 from sf_torch._step.batches import local
 from sf_torch._step.numbers import EPS_FLOOR
 
-VARIANTS = ("standard", "algoperf")
-
 
 class ProdigyScheduleFree(ScheduleFreeWrapper):
     r"""Schedule-Free Prodigy, over ``prodigyopt.Prodigy``.
@@ -83,7 +81,7 @@ class ProdigyScheduleFree(ScheduleFreeWrapper):
     Raises:
       ImportError: ``prodigyopt`` is not installed.
       ValueError: an argument out of its range, or one that the variant does not have.
-      TypeError: ``warmup_steps`` that is not a whole number.
+      TypeError: an argument of a wrong type; ``warmup_steps`` that is not whole.
 
     Examples:
       >>> import torch, sf_torch
@@ -101,6 +99,8 @@ class ProdigyScheduleFree(ScheduleFreeWrapper):
       Mishchenko and Defazio, *Prodigy: An Expeditiously Adaptive Parameter-Free
         Learner*, https://arxiv.org/abs/2306.06101
     """
+
+    _kinds, _checked = _checks.OF_PRODIGY, None
 
     def __init__(
         self,
@@ -124,13 +124,20 @@ class ProdigyScheduleFree(ScheduleFreeWrapper):
         state_dtype: torch.dtype | None = None,
         skip_nonfinite: bool = False,
     ) -> None:
-        _checks.betas("betas", betas)
-        _checks.decay_rate("inner_momentum", inner_momentum)
-        _checks.non_negative("eps", eps)
-        _checks.non_negative("weight_decay", weight_decay)
-        _checks.choice(VARIANTS)("variant", variant)
-        if beta3 is not None:
-            _checks.decay_rate("beta3", beta3)
+        b1, b2 = _checks.check("betas", betas)
+        given = {
+            "lr": lr,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "inner_momentum": inner_momentum,
+            "estim_lr0": estim_lr0,
+            "estim_lr_coef": estim_lr_coef,
+            "beta3": beta3,
+            "safeguard_warmup": safeguard_warmup,
+            "variant": variant,
+        }
+        _checks.options(given, self._kinds)
+        _checks.check("lr", lr, _checks.FACTOR)  # as prodigyopt has it
         as_entered = variant == "algoperf"
         if as_entered and (inner_momentum or safeguard_warmup):
             raise ValueError(
@@ -151,23 +158,23 @@ class ProdigyScheduleFree(ScheduleFreeWrapper):
             ) from error
         base = prodigyopt.Prodigy(
             params,
-            lr=lr,
+            lr=given["lr"],
             # Where its first beta is 0, prodigyopt steps with the d that the step has
             # found, as the entry does. The formula steps with the former d, as
             # prodigyopt does elsewhere.
-            betas=(0.0 if as_entered else inner_momentum or 1e-30, betas[1]),
-            beta3=beta3,
-            eps=max(eps, EPS_FLOOR),
-            weight_decay=weight_decay,
+            betas=(0.0 if as_entered else given["inner_momentum"] or 1e-30, b2),
+            beta3=given["beta3"],
+            eps=max(given["eps"], EPS_FLOOR),
+            weight_decay=given["weight_decay"],
             use_bias_correction=not as_entered,
-            safeguard_warmup=safeguard_warmup,
-            d0=estim_lr0,
-            d_coef=estim_lr_coef,
+            safeguard_warmup=given["safeguard_warmup"],
+            d0=given["estim_lr0"],
+            d_coef=given["estim_lr_coef"],
         )
         super().__init__(
             base,
             weight_decay_at_y,
-            betas[0],
+            b1,
             weight_lr_power,
             r,
             warmup_steps=warmup_steps,
@@ -176,7 +183,7 @@ class ProdigyScheduleFree(ScheduleFreeWrapper):
             skip_nonfinite=skip_nonfinite,
         )
         if as_entered:
-            self.defaults["weight_decay_at_x"] = weight_decay
+            self.defaults["weight_decay_at_x"] = given["weight_decay"]
             for group in self.param_groups:
                 # The base's would act at z.
                 group.setdefault("weight_decay_at_x", group["weight_decay"])

@@ -26,10 +26,9 @@ class Refined(ScheduleFree):
 
     def __init__(self, *args: Any, refined_c: float, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.defaults["refined_c"] = refined_c
+        self.defaults["refined_c"] = _checks.check("refined_c", refined_c)
         for group in self.param_groups:
-            group.setdefault("refined_c", refined_c)
-            _checks.options(group)
+            group.setdefault("refined_c", self.defaults["refined_c"])
 
     def _weight(self, group: Group, lr: float) -> float:
         plain = super()._weight(group, lr)

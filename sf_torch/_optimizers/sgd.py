@@ -57,7 +57,7 @@ class SGDScheduleFree(ScheduleFree):
       ValueError: an argument out of its range, or ``rounding="stochastic"`` with
         another ``state_dtype`` than bfloat16, with ``fused`` or ``capturable``, or for
         distributed parameters.
-      TypeError: ``warmup_steps`` that is not a whole number.
+      TypeError: an argument of a wrong type; ``warmup_steps`` that is not whole.
 
     Examples:
       >>> import torch, sf_torch

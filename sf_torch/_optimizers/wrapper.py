@@ -8,7 +8,7 @@ References:
   Defazio et al., *The Road Less Scheduled*, https://arxiv.org/abs/2405.15682
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from sf_torch import _checks, _loaded
 from sf_torch._iterates import ITERATES, NEEDED
 from sf_torch._optimizer import ScheduleFree, bookkeeping
 from sf_torch._optimizers.forms import Closure, Reference
-from sf_torch._optimizers.growing import Growing
+from sf_torch._optimizers.growing import OF_WRAPPER, Growing
 from sf_torch._step import formula
 from sf_torch._step.batches import Leaf, is_master, local, wide_dtype
 from sf_torch._step.dispatch import Way
@@ -105,15 +105,7 @@ class ScheduleFreeWrapper(ScheduleFree):
         state_dtype: torch.dtype | None = None,
         skip_nonfinite: bool = False,
     ) -> None:
-        if not isinstance(base, torch.optim.Optimizer):
-            raise TypeError(
-                f"base must be a torch optimizer, got {type(base).__name__}. Build it "
-                "first: ScheduleFreeWrapper(torch.optim.SGD(params, lr=0.1))."
-            )
-        if not isinstance(momentum, Growing):
-            _checks.interpolation("momentum", momentum)
-        _checks.warmup_steps("warmup_steps", warmup_steps)
-        _checks.state_dtype("state_dtype", state_dtype)
+        _checks.check("base", base)
         options = {
             "weight_decay_at_y": weight_decay_at_y,
             "weight_lr_power": weight_lr_power,
@@ -125,12 +117,25 @@ class ScheduleFreeWrapper(ScheduleFree):
                 "Schedule-Free keeps in the same groups. Give them other names in the "
                 "base."
             )
-        self.momentum = momentum
-        self.warmup_steps = warmup_steps
+        self.momentum = _checks.check("momentum", momentum, OF_WRAPPER["momentum"])
+        self.warmup_steps = _checks.check("warmup_steps", warmup_steps)
         self.base = base
         options |= bookkeeping(store_x, state_dtype, skip_nonfinite=skip_nonfinite)
         super().__init__(base.param_groups, options)
         self.param_groups, self.state = base.param_groups, base.state
+
+    _kinds = OF_WRAPPER
+    # The entries of a group that are not the base's to check; None for all.
+    _checked: Sequence[str] | None = (
+        "lr",
+        "weight_decay_at_y",
+        "weight_lr_power",
+        "r",
+        "refined_c",
+        "store_x",
+        "state_dtype",
+        "skip_nonfinite",
+    )
 
     @property
     def weight_decay_at_y(self) -> float:
@@ -298,11 +303,8 @@ class ScheduleFreeWrapper(ScheduleFree):
         super().add_param_group(param_group)
 
     def _check_group(self, group: Group, first: Group) -> None:
-        """The other options are the base's to check."""
-        _checks.learning_rate("lr", group["lr"])  # which weighs the average too
-        _checks.boolean("skip_nonfinite", group["skip_nonfinite"])
+        _checks.options(group, self._kinds, self._checked)
         _checks.random_rounding(group)  # which has to be refused here
-        _checks.non_negative("weight_decay_at_y", group["weight_decay_at_y"])
 
     def _needed(self, group: Group) -> list[str]:
         # Switches, and what may be None, have come in with versions of torch.

@@ -13,6 +13,7 @@ from torch import Tensor
 from sf_torch._step.batches import Leaf, arithmetic_dtype, is_master, wide_dtype
 from sf_torch._step.numbers import Number, Numbers
 from sf_torch._step.rounding import Rounding, lean_y
+from sf_torch._step.schedule import where
 
 
 class Plain:
@@ -125,8 +126,10 @@ def _displacement(
         kept.copy_(_rounded(leaf, "exp_avg_sq", v, rounding))
         root = n.root * kept.to(dtype).sqrt()
         if in_place:
-            root = _to_and_fro(root, kept.dtype)
-            direction = direction / _to_and_fro(root + n.eps, kept.dtype)
+            # A float16 has no eps of 1e-8: while v is 0, it would be 0 / 0.
+            least = torch.finfo(kept.dtype).tiny ** 0.5
+            root = _to_and_fro(root, kept.dtype) + where(n.eps > least, n.eps, least)
+            direction = direction / _to_and_fro(root, kept.dtype)
         else:
             direction = direction / (root + n.eps)
     displacement = n.lr * direction

@@ -72,6 +72,8 @@ def polynomial_weight(draft: Group, lr: Any, r: float, weight_lr_power: float) -
     weight, log_unit = _weight(k + 1, lr_max, r, weight_lr_power)
     _, log_unit_before = _weight(_max(k, 1), draft["lr_max"], r, weight_lr_power)
     weight_sum = draft["weight_sum"] * _exp2(log_unit_before - log_unit) + weight
+    # Weights that fall, as with r < 0, let it grow without end.
+    weight_sum = _min(weight_sum, 1e300)
     draft["lr_max"], draft["weight_sum"] = lr_max, weight_sum
     # Dividing by 1 where the sum is 0: then the weight is 0 as well.
     return weight / where(weight_sum > 0, weight_sum, 1.0)
@@ -89,7 +91,10 @@ def _weight(t: Any, lr_max: Any, r: float, weight_lr_power: float) -> tuple[Any,
     fits = _max(abs(log_steps), abs(log_lr)) <= 500
     if not isinstance(fits, Tensor) and not fits:  # such a power of numbers raises
         return 1.0, log_steps + log_lr
-    weight = t ** float(r) * lr_max ** float(weight_lr_power)
+    known = where(lr_max > 0, lr_max, 1.0)
+    weight = t ** float(r) * known ** float(weight_lr_power)
+    if weight_lr_power:
+        weight = where(lr_max > 0, weight, 0.0)
     return where(fits, weight, 1.0), where(fits, 0.0, log_steps + log_lr)
 
 

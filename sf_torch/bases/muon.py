@@ -90,6 +90,8 @@ class Muon(torch.optim.Optimizer):
       Li et al., *NorMuon*, https://arxiv.org/abs/2510.05491
     """
 
+    _kinds = _checks.OF_MUON
+
     def __init__(
         self,
         params: ParamsT,
@@ -117,12 +119,15 @@ class Muon(torch.optim.Optimizer):
             "ns_dtype": ns_dtype,
             "row_b2": row_b2,
         }
+        _checks.check("params", params)
+        _checks.options(options, self._kinds)
         super().__init__(params, options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         try:
-            _check(self.param_groups[-1])
+            _checks.options(self.param_groups[-1], self._kinds)
+            _check_matrices(self.param_groups[-1]["params"])
         except Exception:
             del self.param_groups[-1]
             raise
@@ -195,33 +200,8 @@ def orthogonalise(
     return x.T if tall else x
 
 
-def _check(group: Mapping[str, Any]) -> None:
-    _checks.learning_rate("lr", group["lr"])
-    _checks.non_negative("weight_decay", group["weight_decay"])
-    _checks.non_negative("eps", group["eps"])
-    _checks.decay_rate("momentum", group["momentum"])
-    _checks.warmup_steps("ns_steps", group["ns_steps"])
-    if group["row_b2"] is not None:
-        _checks.decay_rate("row_b2", group["row_b2"])
-    if len(group["ns_coefficients"]) != 3:
-        raise ValueError(
-            f"ns_coefficients must be three, got {group['ns_coefficients']}. Leave "
-            "them out for Muon's own."
-        )
-    if group["adjust_lr_fn"] not in SCALES:
-        raise ValueError(
-            f"adjust_lr_fn must be one of {', '.join(map(repr, SCALES))}, got "
-            f"{group['adjust_lr_fn']!r}."
-        )
-    dtype = group["ns_dtype"]
-    if dtype is not None and not (
-        isinstance(dtype, torch.dtype) and dtype.is_floating_point
-    ):
-        raise ValueError(
-            f"ns_dtype must be a floating dtype or None, got {dtype}. None is the "
-            "parameter's own."
-        )
-    for p in group["params"]:
+def _check_matrices(params: list[Tensor]) -> None:
+    for p in params:
         if p.ndim != 2 or not p.is_floating_point():
             raise ValueError(
                 f"a parameter has shape {tuple(p.shape)} and dtype {p.dtype}, and Muon "

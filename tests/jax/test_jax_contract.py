@@ -298,16 +298,20 @@ def test_algoperf_decays_where_it_is_told(decay_at):
 
 
 BAD_ARGUMENTS = [
-    ({"b1": 1.2}, ValueError, r"b1 must lie in \[0, 1\], got 1.2"),
+    ({"b1": 1.2}, ValueError, r"b1 must be a number in \[0, 1\].*got 1.2"),
     ({"b1": -0.1}, ValueError, "b1.*got -0.1"),
     ({"learning_rate": -1.0}, ValueError, "learning_rate.*got -1.0"),
     ({"learning_rate": float("nan")}, ValueError, "learning_rate.*got nan"),
     ({"weight_decay": -0.5}, ValueError, "weight_decay.*got -0.5"),
     ({"eps": -1e-8}, ValueError, "eps.*got -1e-08"),
-    ({"b2": 1.0}, ValueError, r"b2 must lie in \[0, 1\), got 1.0"),
+    ({"b2": 1.0}, ValueError, r"b2 must be a number in \[0, 1\).*got 1.0"),
     ({"inner_momentum": 1.5}, ValueError, "inner_momentum.*got 1.5"),
     ({"warmup_steps": -3}, ValueError, "warmup_steps.*got -3"),
-    ({"warmup_steps": 2.5}, TypeError, "warmup_steps must be a whole number, got 2.5"),
+    (
+        {"warmup_steps": 2.5},
+        TypeError,
+        "warmup_steps must be None or a whole number.*2.5",
+    ),
     ({"decay_at": "w"}, ValueError, "'y', 'z', 'x', got 'w'"),
     ({"variant": "fast"}, ValueError, "variant.*got 'fast'"),
     ({"state_dtype": jnp.int32}, ValueError, "state_dtype.*int32"),

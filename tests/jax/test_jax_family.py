@@ -340,7 +340,11 @@ def test_normuon_moves_nothing_without_gradients():
 
 
 BAD_ARGUMENTS = [
-    (sf_jax.schedule_free_plus, {"b2": 1.0}, r"b2 must lie in \[0, 1\), got 1.0"),
+    (
+        sf_jax.schedule_free_plus,
+        {"b2": 1.0},
+        r"b2 must be a number in \[0, 1\).*got 1.0",
+    ),
     (sf_jax.schedule_free_plus, {"sf_beta1": 1.5}, "sf_beta1.*got 1.5"),
     (sf_jax.schedule_free_plus, {"polyak_beta": 1.0}, "polyak_beta.*got 1.0"),
     (sf_jax.schedule_free_plus, {"c_warmup": -1}, "c_warmup.*got -1"),
@@ -377,8 +381,8 @@ BAD_ARGUMENTS = [
     ),
     (sf_jax.schedule_free_muon, {"momentum": 1.0}, "momentum.*got 1.0"),
     (sf_jax.schedule_free_muon, {"row_b2": 1.0}, "row_b2.*got 1.0"),
-    (sf_jax.growing_b1, {"steps": 1}, "steps must be at least 2, got 1"),
-    (sf_jax.refined_average, {"c": -1.0}, "c must not be negative"),
+    (sf_jax.growing_b1, {"steps": 1}, r"steps must be a whole number in \[2, .*got 1"),
+    (sf_jax.refined_average, {"c": -1.0}, "c must be .*got -1.0"),
     (sf_jax.exponential_average, {"mu_x": 2.0}, "mu_x.*got 2.0"),
 ]
 
@@ -390,5 +394,5 @@ def test_bad_arguments_are_refused(factory, options, message):
 
 
 def test_half_steps_are_refused():
-    with pytest.raises(TypeError, match=r"c_warmup must be a whole number, got 2\.5"):
+    with pytest.raises(TypeError, match=r"c_warmup must be a whole number.*got 2\.5"):
         sf_jax.schedule_free_plus(c_warmup=2.5)

@@ -165,7 +165,7 @@ def test_a_schedule_of_b1_that_begins_at_0_needs_x():
     b1 = optax.linear_schedule(0.0, 0.9, 10)
     tx = sf_jax.schedule_free_sgd(0.1, b1=b1)
     for init in (tx.init, jax.jit(tx.init)):
-        with pytest.raises(ValueError, match=r"begins at 0.*store_x=True"):
+        with pytest.raises(ValueError, match=r"β .*got 0 at count 0.*store_x=True"):
             init(PARAMS)
     sf_jax.schedule_free_sgd(0.1, b1=b1, store_x=True).init(PARAMS)
     plus = sf_jax.schedule_free_plus(sf_beta1=0.0, sf_beta1_anneal_steps=4)
@@ -457,5 +457,5 @@ def test_the_base_under_a_narrow_z_computes_in_float32():
 @pytest.mark.parametrize("name", ["moment_dtype", "state_dtype"])
 @pytest.mark.parametrize("optimizer", MOMENTS)
 def test_dtypes_that_are_not_floating_are_refused(optimizer, name):
-    with pytest.raises(ValueError, match=f"{name} must be a floating dtype.*int8"):
+    with pytest.raises(ValueError, match=f"{name} must be None or a .*int8"):
         MOMENTS[optimizer][0](**{name: jnp.int8})

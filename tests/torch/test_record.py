@@ -227,7 +227,7 @@ def test_optimizer_is_itself_again_afterwards(tmp_path):
 def test_bad_arguments_are_refused(tmp_path):
     net = network()
     optimizer = OPTIMIZERS["adamw-meta"](net.parameters())
-    with pytest.raises(ValueError, match="every must be a positive integer, got 0"):
+    with pytest.raises(ValueError, match=r"every must be a whole number.*got 0"):
         record(optimizer, tmp_path / "run", every=0)
     with pytest.raises(ValueError, match=r"parameter of shape \(2, 3\) that is not"):
         record(optimizer, tmp_path / "run", model=torch.nn.Linear(1, 1))

@@ -64,16 +64,16 @@ def test_bad_options_are_refused(name, option, value, error):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"momentum": 1.5}, "momentum must lie in"),
-        ({"weight_decay_at_y": -1.0}, "weight_decay_at_y must not be negative, got -1"),
-        ({"state_dtype": torch.int8}, "state_dtype must be a floating dtype"),
+        ({"momentum": 1.5}, r"momentum must be a number in .*got 1\.5"),
+        ({"weight_decay_at_y": -1.0}, "weight_decay_at_y must be .*got -1"),
+        ({"state_dtype": torch.int8}, "state_dtype must be None or a floating dtype"),
     ],
 )
 def test_bad_options_of_the_wrapper_are_refused(options, message):
     base = torch.optim.SGD([parameter(2)], lr=0.1)
     with pytest.raises(ValueError, match=message):
         sf_torch.ScheduleFreeWrapper(base, **options)
-    with pytest.raises(TypeError, match="got list"):
+    with pytest.raises(TypeError, match=r"base must be a torch optimizer, got \["):
         sf_torch.ScheduleFreeWrapper([parameter(2)])
 
 

@@ -247,7 +247,7 @@ def test_positional_arguments_have_the_order_of_the_newest_commit(name):
     ["foreach", "fused", "capturable", "store_x", "upstream_compatible"],
 )
 def test_a_number_where_a_bool_belongs_is_refused(name):
-    with pytest.raises(TypeError, match=rf"{name} must be True or False, got 0\.9"):
+    with pytest.raises(TypeError, match=rf"{name} must be .*True or False, got 0\.9"):
         sf_torch.AdamWScheduleFree(start(), **{name: 0.9})
 
 

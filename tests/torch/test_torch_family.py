@@ -370,7 +370,11 @@ def test_muon_moves_nothing_without_gradients(shape, row_b2):
 
 
 BAD_ARGUMENTS = [
-    ("AdamCScheduleFreePlus", {"betas": (1.0, 0.9)}, r"betas\[0\].*got 1.0"),
+    (
+        "AdamCScheduleFreePlus",
+        {"betas": (1.0, 0.9)},
+        r"betas must be a pair .*got \(1.0, 0.9\)",
+    ),
     ("AdamCScheduleFreePlus", {"sf_beta1": 1.5}, "sf_beta1.*got 1.5"),
     ("AdamCScheduleFreePlus", {"sf_beta1_max": 1.0}, "sf_beta1_max.*got 1.0"),
     ("AdamCScheduleFreePlus", {"polyak_beta": 1.0}, "polyak_beta.*got 1.0"),

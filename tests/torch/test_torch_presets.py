@@ -390,7 +390,9 @@ def test_what_an_argument_cannot_mean_is_refused(make, options, error, message):
 
 
 def test_a_beta_that_cannot_grow_is_refused():
-    with pytest.raises(ValueError, match="steps must be at least 2, got 1"):
+    with pytest.raises(
+        ValueError, match=r"steps must be a whole number in \[2, .*got 1"
+    ):
         sf_torch.growing_b1(steps=1)
 
 
@@ -404,7 +406,7 @@ def test_betas_of_a_group_and_one_tensor_are_refused():
     p = weights()["matrix"]
     with pytest.raises(ValueError, match=r"betas \(0\.5, 0\.9\) of its own"):
         sf_torch.MuonScheduleFree([{"params": [p], "betas": (0.5, 0.9)}])
-    with pytest.raises(TypeError, match="one tensor"):
+    with pytest.raises(TypeError, match="params must be parameters or groups"):
         sf_torch.MuonScheduleFree(p)
 
 
