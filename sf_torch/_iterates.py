@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from sf_torch import _checks, _loaded
+from sf_torch import _arguments, _checks, _loaded
 from sf_torch._step import dispatch, formula, fused
 from sf_torch._step.batches import MISSED, is_master, wide_dtype
 from sf_torch._step.dispatch import Way
@@ -43,11 +43,11 @@ class Iterates(torch.optim.Optimizer):
     :class:`~sf_torch._optimizer.ScheduleFree`."""
 
     # What each argument may be, for the errors and the documentation
-    _kinds: Mapping[str, _checks.Kind] = _checks.ARGUMENTS
+    _kinds: Mapping[str, _arguments.Kind] = _arguments.ARGUMENTS
 
     def __init__(self, params: ParamsT, defaults: Group) -> None:
-        _checks.check("params", params)
-        _checks.options(defaults, self._kinds)
+        _arguments.check("params", params)
+        _arguments.options(defaults, self._kinds)
         super().__init__(params, defaults)
 
     # What the state holds depends on these
@@ -304,7 +304,7 @@ class Iterates(torch.optim.Optimizer):
 
     def _check_group(self, group: Group, first: Group) -> None:
         """Refuses options; ``first`` is the first of the groups that it is one of."""
-        _checks.options(group, self._kinds)
+        _arguments.options(group, self._kinds)
         _checks.random_rounding(group)
         fused.check(group)
 

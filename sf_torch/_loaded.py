@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sf_torch import _checks
+from sf_torch import _arguments
 from sf_torch._step.batches import MISSED, local
 from sf_torch._step.formula import recover_x, recover_y
 from sf_torch._step.schedule import has_begun
@@ -182,7 +182,7 @@ _COUNTERS: dict[str, Callable[[str, Any], None]] = {
     "scheduled_lr": _number(0),
     "grad_l1_ema": _number(0),
     "b1": _number(0, 1),
-    "train_mode": partial(_checks.check, kind=_checks.BOOLEAN),
+    "train_mode": partial(_arguments.check, kind=_arguments.BOOLEAN),
 }
 
 

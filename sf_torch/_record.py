@@ -25,7 +25,7 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sf_torch import _checks
+from sf_torch import _arguments
 from sf_torch._archive import refuse_sharded
 from sf_torch._files import write_whole
 
@@ -66,7 +66,7 @@ class Recorder:
         every: int = 1,
         model: torch.nn.Module | None = None,
     ) -> None:
-        every = _checks.check("every", every)
+        every = _arguments.check("every", every)
         _safetensors()
         self._names = _names(optimizer, model)
         refuse_sharded({name: p for p, name in self._names.items()})

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import ParamsT
 
-from sf_torch import _checks
+from sf_torch import _arguments
 from sf_torch._optimizer import ScheduleFree, bookkeeping
 from sf_torch._optimizers.forms import Closure, Reference
 from sf_torch._step.numbers import Numbers
@@ -330,7 +330,7 @@ class AdamWScheduleFreeReference(Reference, AdamWScheduleFree):
         **options: Any,
     ) -> None:
         common = (lr, betas, eps, weight_decay, warmup_steps, r, weight_lr_power)
-        if _checks.check("decay_at_z", decay_at_z):
+        if _arguments.check("decay_at_z", decay_at_z):
             options["decay_at"] = "z"
         super().__init__(params, *common, *args, **options)
 
@@ -338,7 +338,7 @@ class AdamWScheduleFreeReference(Reference, AdamWScheduleFree):
 
     def add_param_group(self, param_group: Group) -> None:
         at_z = param_group.get("decay_at_z", False)
-        if _checks.check("decay_at_z", at_z):
+        if _arguments.check("decay_at_z", at_z):
             param_group["decay_at"] = "z"
         super().add_param_group(param_group)
         group = self.param_groups[-1]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from sf_torch import _checks
+from sf_torch import _arguments
 from sf_torch._optimizer import ScheduleFree, bookkeeping
 from sf_torch._optimizers.adamw import AdamWScheduleFree
 from sf_torch._step.numbers import Numbers
@@ -90,7 +90,7 @@ class GPAAdamW(AdamWScheduleFree):
         LLMs*, https://arxiv.org/abs/2512.17131
     """
 
-    _kinds = _checks.OF_MOMENTS
+    _kinds = _arguments.OF_MOMENTS
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 from typing import Any
 
-from sf_torch import _checks
+from sf_torch import _arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,26 +42,20 @@ class Growing:
         return 1 - (1 - self.b1) * ratio**self.rho
 
 
-def _momentum(value: Any) -> Any:
-    return value if isinstance(value, Growing) else _checks.INTERPOLATION.read(value)
+def _beta(value: Any) -> Any:
+    if isinstance(value, Growing):
+        return value
+    return _arguments.INTERPOLATION.read(value)
 
 
-def _betas(value: Any) -> tuple[Any, float]:
-    b1, b2 = _checks.pair(value)
-    return _momentum(b1), _checks.DECAY_RATE.read(b2)
-
-
-OF_WRAPPER = _checks.ARGUMENTS | {
-    "momentum": _checks.INTERPOLATION._replace(
-        accepts="a number in [0, 1], or what growing_b1 returns", read=_momentum
-    )
-}
-OF_MUON = _checks.OF_MUON | {
-    "betas": _checks.BETAS._replace(
-        accepts="a pair, of a number in [0, 1] or what growing_b1 returns and a number "
-        "in [0, 1)",
-        read=_betas,
-    )
+BETA = _arguments.INTERPOLATION._replace(
+    accepts=f"{_arguments.INTERPOLATION.accepts} or what growing_b1 returns",
+    read=_beta,
+)
+OF_WRAPPER = {**_arguments.ARGUMENTS, "momentum": BETA}
+OF_MUON = {
+    **_arguments.OF_MUON,
+    "betas": _arguments.pair(BETA, _arguments.DECAY_RATE),
 }
 
 
@@ -98,7 +92,7 @@ def growing_b1(b1: float = 0.9, steps: int = 1000, rho: float = 0.5) -> Growing:
       Kim et al., *AMUSE*, https://arxiv.org/abs/2605.22432
     """
     given: dict[str, Any] = {"b1": b1, "steps": steps, "rho": rho}
-    _checks.options(given)
+    _arguments.options(given)
     return Growing(**given)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from sf_torch import _checks
+from sf_torch import _arguments
 from sf_torch._optimizers.growing import OF_MUON, Growing
 from sf_torch._optimizers.wrapper import ScheduleFreeWrapper
 from sf_torch._step.batches import is_flat
@@ -132,7 +132,7 @@ class MuonScheduleFree(ScheduleFreeWrapper):
         skip_nonfinite: bool = False,
         upstream_compatible: bool = False,
     ) -> None:
-        beta, b2 = _checks.check("betas", betas, OF_MUON["betas"])
+        beta, b2 = _arguments.check("betas", betas, OF_MUON["betas"])
         same: dict[str, Any] = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
         of_muon: dict[str, Any] = {
             "momentum": momentum,
@@ -143,12 +143,12 @@ class MuonScheduleFree(ScheduleFreeWrapper):
             "ns_dtype": ns_dtype,
         }
         for options in (same, of_muon):
-            _checks.options(options, self._kinds)
+            _arguments.options(options, self._kinds)
         same["eps"] = max(same["eps"], EPS_FLOOR)
-        foreach = _checks.check("foreach", foreach)
-        adam_lr = _checks.check("adam_lr", adam_lr)
-        warmup_steps = _checks.check("warmup_steps", warmup_steps)
-        if _checks.check("upstream_compatible", upstream_compatible):
+        foreach = _arguments.check("foreach", foreach)
+        adam_lr = _arguments.check("adam_lr", adam_lr)
+        warmup_steps = _arguments.check("warmup_steps", warmup_steps)
+        if _arguments.check("upstream_compatible", upstream_compatible):
             beta = _as_published(beta, warmup_steps)
         matrices, rest = _by_dimensions(params)
         if adam_lr is not None:
@@ -222,7 +222,7 @@ def _as_published(beta: Any, warmup_steps: int) -> Growing:
 
 def _by_dimensions(params: ParamsT) -> tuple[list[Any], list[Any]]:
     """Groups of the matrices, and groups of the rest, each with its group's options."""
-    given: list[Any] = list(_checks.check("params", params))
+    given: list[Any] = list(_arguments.check("params", params))
     groups: list[dict[str, Any]]
     groups = given if given and isinstance(given[0], dict) else [{"params": given}]
     matrices: list[dict[str, Any]] = []

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from sf_torch import _checks, distributed
+from sf_torch import _arguments, distributed
 from sf_torch._optimizer import ScheduleFree, bookkeeping
 from sf_torch._optimizers.adamw import AdamWScheduleFree
 from sf_torch._optimizers.forms import Reference
@@ -131,7 +131,7 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
         Large Language Models*, https://arxiv.org/abs/2605.19095
     """
 
-    _kinds = _checks.OF_MOMENTS
+    _kinds = _arguments.OF_MOMENTS
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
         loss_floor: float | Callable[[int], float] = 0.0,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        self.process_group = _checks.check("process_group", process_group)
+        self.process_group = _arguments.check("process_group", process_group)
         if callable(loss_floor):
             self._floor_at, loss_floor = loss_floor, _floor(loss_floor)
         options = {
@@ -220,7 +220,7 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
                 )
         if group["sf_beta1_anneal_steps"]:
             # An average that is all of y could never be left again.
-            _checks.check("sf_beta1", group["sf_beta1"], _checks.DECAY_RATE)
+            _arguments.check("sf_beta1", group["sf_beta1"], _arguments.DECAY_RATE)
 
     def step_func(
         self, function_value: float | Tensor, grad_norm: float | Tensor | None = None
@@ -308,7 +308,7 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
         first = drafts[0]
         floor = first["loss_floor"]
         if self._floor_at:
-            floor = _checks.check("loss_floor", self._floor_at(first["k"]))
+            floor = _arguments.check("loss_floor", self._floor_at(first["k"]))
         gap = self._mean_loss(loss) - floor + inner
         p = first["polyak_beta"]
         mean = p * first["grad_l1_ema"] + (1 - p) * math.sqrt(math.pi / 2) * norm
@@ -436,7 +436,7 @@ def _number(value: float | Tensor) -> float:
 def _floor(of_k: Callable[[int], float]) -> float:
     """The floor of the first step by a function of k, called before anything begins."""
     try:
-        return _checks.check("loss_floor", of_k(0))
+        return _arguments.check("loss_floor", of_k(0))
     except Exception as error:
         raise TypeError(
             f"loss_floor must be a number or a function of k, got {of_k!r}, and with "

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from sf_torch import _checks
+from sf_torch import _arguments
 from sf_torch._optimizers.wrapper import ScheduleFreeWrapper
 from sf_torch._step.batches import local
 from sf_torch._step.numbers import EPS_FLOOR
@@ -100,7 +100,7 @@ class ProdigyScheduleFree(ScheduleFreeWrapper):
         Learner*, https://arxiv.org/abs/2306.06101
     """
 
-    _kinds, _checked = _checks.OF_PRODIGY, None
+    _kinds, _checked = _arguments.OF_PRODIGY, None
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class ProdigyScheduleFree(ScheduleFreeWrapper):
         state_dtype: torch.dtype | None = None,
         skip_nonfinite: bool = False,
     ) -> None:
-        b1, b2 = _checks.check("betas", betas)
+        b1, b2 = _arguments.check("betas", betas)
         given = {
             "lr": lr,
             "eps": eps,
@@ -136,8 +136,8 @@ class ProdigyScheduleFree(ScheduleFreeWrapper):
             "safeguard_warmup": safeguard_warmup,
             "variant": variant,
         }
-        _checks.options(given, self._kinds)
-        _checks.check("lr", lr, _checks.FACTOR)  # as prodigyopt has it
+        _arguments.options(given, self._kinds)
+        _arguments.check("lr", lr, _arguments.FACTOR)  # as prodigyopt has it
         as_entered = variant == "algoperf"
         if as_entered and (inner_momentum or safeguard_warmup):
             raise ValueError(

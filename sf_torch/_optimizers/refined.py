@@ -12,7 +12,7 @@ References:
 
 from typing import Any
 
-from sf_torch import _checks
+from sf_torch import _arguments
 from sf_torch._optimizer import ScheduleFree
 from sf_torch._optimizers.adamw import AdamWScheduleFree
 from sf_torch._optimizers.radam import RAdamScheduleFree
@@ -26,7 +26,7 @@ class Refined(ScheduleFree):
 
     def __init__(self, *args: Any, refined_c: float, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.defaults["refined_c"] = _checks.check("refined_c", refined_c)
+        self.defaults["refined_c"] = _arguments.check("refined_c", refined_c)
         for group in self.param_groups:
             group.setdefault("refined_c", self.defaults["refined_c"])
 

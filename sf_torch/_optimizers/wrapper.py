@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sf_torch import _checks, _loaded
+from sf_torch import _arguments, _checks, _loaded
 from sf_torch._iterates import ITERATES, NEEDED
 from sf_torch._optimizer import ScheduleFree, bookkeeping
 from sf_torch._optimizers.forms import Closure, Reference
@@ -105,7 +105,7 @@ class ScheduleFreeWrapper(ScheduleFree):
         state_dtype: torch.dtype | None = None,
         skip_nonfinite: bool = False,
     ) -> None:
-        _checks.check("base", base)
+        _arguments.check("base", base)
         options = {
             "weight_decay_at_y": weight_decay_at_y,
             "weight_lr_power": weight_lr_power,
@@ -117,8 +117,8 @@ class ScheduleFreeWrapper(ScheduleFree):
                 "Schedule-Free keeps in the same groups. Give them other names in the "
                 "base."
             )
-        self.momentum = _checks.check("momentum", momentum, OF_WRAPPER["momentum"])
-        self.warmup_steps = _checks.check("warmup_steps", warmup_steps)
+        self.momentum = _arguments.check("momentum", momentum, OF_WRAPPER["momentum"])
+        self.warmup_steps = _arguments.check("warmup_steps", warmup_steps)
         self.base = base
         options |= bookkeeping(store_x, state_dtype, skip_nonfinite=skip_nonfinite)
         super().__init__(base.param_groups, options)
@@ -303,7 +303,7 @@ class ScheduleFreeWrapper(ScheduleFree):
         super().add_param_group(param_group)
 
     def _check_group(self, group: Group, first: Group) -> None:
-        _checks.options(group, self._kinds, self._checked)
+        _arguments.options(group, self._kinds, self._checked)
         _checks.random_rounding(group)  # which has to be refused here
 
     def _needed(self, group: Group) -> list[str]:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from sf_torch import _checks
+from sf_torch import _arguments
 
 
 def _original(rows: int, columns: int) -> float:
@@ -90,7 +90,7 @@ class Muon(torch.optim.Optimizer):
       Li et al., *NorMuon*, https://arxiv.org/abs/2510.05491
     """
 
-    _kinds = _checks.OF_MUON
+    _kinds = _arguments.OF_MUON
 
     def __init__(
         self,
@@ -119,14 +119,14 @@ class Muon(torch.optim.Optimizer):
             "ns_dtype": ns_dtype,
             "row_b2": row_b2,
         }
-        _checks.check("params", params)
-        _checks.options(options, self._kinds)
+        _arguments.check("params", params)
+        _arguments.options(options, self._kinds)
         super().__init__(params, options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         try:
-            _checks.options(self.param_groups[-1], self._kinds)
+            _arguments.options(self.param_groups[-1], self._kinds)
             _check_matrices(self.param_groups[-1]["params"])
         except Exception:
             del self.param_groups[-1]

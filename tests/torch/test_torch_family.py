@@ -373,7 +373,7 @@ BAD_ARGUMENTS = [
     (
         "AdamCScheduleFreePlus",
         {"betas": (1.0, 0.9)},
-        r"betas must be a pair .*got \(1.0, 0.9\)",
+        r"betas must be a pair: .*got \(1.0, 0.9\)",
     ),
     ("AdamCScheduleFreePlus", {"sf_beta1": 1.5}, "sf_beta1.*got 1.5"),
     ("AdamCScheduleFreePlus", {"sf_beta1_max": 1.0}, "sf_beta1_max.*got 1.0"),
