@@ -6,7 +6,7 @@ narrower than float32, whose state is the float32 master, for β = 0, and on req
 How the iterates move is in :mod:`sf_torch._optimizer`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -123,12 +123,11 @@ class Iterates(torch.optim.Optimizer):
         self._settle()
         modes = self.__dict__.setdefault("_modes", Modes())
         switch = modes.to_y if training else modes.to_x
-        moved = {id(group): self._moved(group) for group in self.param_groups}
+        moved = {id(g): self._moved(g, g["params"]) for g in self.param_groups}
         groups = [g for g in self.param_groups if g["train_mode"] != training]
         with self._moving():
             for group in groups:
-                fuses = self._way(group).fuses
-                switch(moved[id(group)], group["b1"], fuses)
+                switch(moved[id(group)], group["b1"])
                 group["train_mode"] = training
 
     # Arrays move in place, many in a step. What fails among them leaves some moved and
@@ -233,15 +232,17 @@ class Iterates(torch.optim.Optimizer):
         """Keys of all arrays that a parameter's state may have."""
         return (*ITERATES, *self._moments(group))
 
-    def _moved(self, group: Group) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """The parameters that have taken a step, each with its state on its own device.
+    def _moved(
+        self, group: Group, among: Sequence[Tensor]
+    ) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """Those parameters that have taken a step, each with its state on its device.
 
         The state of others has no z, or was made before any step: their x, y and z
         are still one.
         """
         if not has_begun(group):
             return []
-        moved = [p for p in group["params"] if "z" in self.state.get(p, ())]
+        moved = [p for p in among if "z" in self.state.get(p, ())]
         keys = self._arrays(group)
         return [(p, self._bring(p, keys)) for p in moved]
 

@@ -220,9 +220,9 @@ class ScheduleFree(Iterates):
                     plan.step(numbers, grads)
                     # What a CUDA graph of the step reads whenever it is replayed.
                     self.__dict__.setdefault("_captured", []).extend(plan.captured())
-                for p, _ in self._moved(group):
-                    if p.grad is None:
-                        self._stay(p, group, draft)
+                stay = [p for p in group["params"] if p.grad is None]
+                for p, _ in self._moved(group, stay):
+                    self._stay(p, group, draft)
                 enter_counters(group, draft, self._skip)
 
     def _plan(

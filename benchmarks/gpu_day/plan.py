@@ -90,7 +90,7 @@ def parts(on_gpu: bool, out: Path) -> list[Part]:
         ),
         tests(
             "fused-members",
-            "the fused step and switch of every member, plans kept and renewed",
+            "the fused step of every member, plans kept and renewed",
             *(
                 "tests/torch/test_torch_fused_members.py",
                 "tests/torch/test_torch_plans.py",

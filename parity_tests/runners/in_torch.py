@@ -12,7 +12,7 @@ import torch
 
 from parity_tests.registry.case import Case
 from parity_tests.runners.trajectory import Trajectory
-from sf_torch._step import batches, eager
+from sf_torch._step import batches
 from sf_torch._step.fused import works_on
 
 Params = dict[str, torch.nn.Parameter]
@@ -68,7 +68,7 @@ def _one_thread() -> Iterator[None]:
 def _small_blocks() -> contextlib.AbstractContextManager[Any]:
     patches = contextlib.ExitStack()
     patches.enter_context(mock.patch.object(batches, "BLOCK", 16))
-    patches.enter_context(mock.patch.object(eager, "FOR_ONE_THREAD", 0))
+    patches.enter_context(mock.patch.object(batches, "SMALL", 4))
     return patches
 
 

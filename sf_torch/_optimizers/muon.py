@@ -185,7 +185,8 @@ class MuonScheduleFree(ScheduleFreeWrapper):
         if isinstance(beta, Growing) and beta.by_weight:
             for group, draft, _ in steps:
                 share = group["b1"] / draft["b1"]
-                for _, state in self._moved(group) if share != 1 else ():
+                moved = self._moved(group, group["params"])
+                for _, state in moved if share != 1 else ():
                     if "x" in state:
                         state["x"].lerp_(state["z"], 1 - share)
                 group["b1"] = draft["b1"]

@@ -25,6 +25,15 @@ those before its first gradient included. Absent, as in Meta's states, it is 0."
 BLOCK = 2**19
 """Elements of a block: two megabytes of float32 an array."""
 
+SMALL = 2**16
+"""Elements up to which parameters share a block. Their arrays are copied to and fro for
+it, which is less than what the calls and the threads of each would take."""
+
+
+def in_blocks(tensor: Tensor) -> bool:
+    """Whether arithmetic goes by blocks on the tensor's device."""
+    return tensor.is_cpu
+
 
 class Piece(NamedTuple):
     """A parameter, or a slice of one that is larger than a block."""
@@ -39,44 +48,34 @@ class Piece(NamedTuple):
         return tensor if self.part is None else flat(tensor)[self.part]
 
 
-def blocks(leaves: Iterable[tuple[int, Leaf]], together: bool) -> Iterator[list[Piece]]:
-    """Dense leaves on a CPU, in blocks; the leaves of a block are of one kind.
+def batched(leaves: Iterable[tuple[int, Leaf]], together: bool) -> list[list[Piece]]:
+    """Dense leaves in batches, each of one kind.
 
     Args:
       leaves: with the number that each parameter goes by.
       together: False keeps parameters apart.
     """
-    waiting: dict[Any, list[Piece]] = {}
+    found: list[list[Piece]] = []
+    last: dict[Any, list[Piece]] = {}  # the batch of a kind that may take more
     sizes: dict[Any, int] = {}
     for member, leaf in leaves:
-        key = (*_kind(leaf), None if together else member)
-        for piece in _pieces(member, leaf):
-            size = piece.leaf["z"].numel()
-            held = sizes.get(key, 0)
-            if held and held + size > BLOCK:
-                yield waiting.pop(key)
-                held = 0
-            waiting.setdefault(key, []).append(piece)
-            sizes[key] = held + size
-    yield from waiting.values()
+        blocks, size = in_blocks(leaf["param"]), leaf["param"].numel()
+        if not together or (blocks and size > SMALL):
+            found += [[piece] for piece in pieces(member, leaf)]
+            continue
+        kind = (leaf["param"].device, *leaf, *[t.dtype for t in leaf.values()])
+        if kind not in last or (blocks and sizes[kind] + size > BLOCK):
+            last[kind], sizes[kind] = [], 0
+            found.append(last[kind])
+        last[kind].append(Piece(member, None, leaf))
+        sizes[kind] += size
+    return found
 
 
-def whole(leaves: Iterable[tuple[int, Leaf]], together: bool) -> Iterator[list[Piece]]:
-    """Leaves in lists, the leaves of a list being of one kind; nothing is sliced."""
-    alike: dict[Any, list[Piece]] = {}
-    for member, leaf in leaves:
-        key = (*_kind(leaf), None if together else member)
-        alike.setdefault(key, []).append(Piece(member, None, leaf))
-    yield from alike.values()
-
-
-def _kind(leaf: Leaf) -> tuple[Any, ...]:
-    return leaf["param"].device, *leaf, *[t.dtype for t in leaf.values()]
-
-
-def _pieces(member: int, leaf: Leaf) -> Iterator[Piece]:
+def pieces(member: int, leaf: Leaf) -> Iterator[Piece]:
+    """A dense leaf as it is, or in slices that stay in the cache."""
     size = leaf["param"].numel()
-    if size <= BLOCK:
+    if size <= BLOCK or not in_blocks(leaf["param"]):
         yield Piece(member, None, leaf)
         return
     rows = {row: flat(tensor) for row, tensor in leaf.items()}

@@ -75,11 +75,13 @@ class Plan:
             tuple(leaf) == self.rows for leaf in leaves
         )
         self.sharded = any(local(p) is not p for p in params)
-        columns = [[leaf[r] for leaf in leaves] for r in self.rows if self.lasts]
-        self.addresses = [_addresses(column) for column in columns]
         grads = self._local(grads)
         self.grad_kinds = _kinds(grads)
-        self.executors = _executors(leaves, grads, way, scratch, places)
+        # A distributed tensor's local part may be an alias, which cannot be moved.
+        together = way.together and not self.sharded
+        self.executors = _executors(leaves, grads, way, together, scratch, places)
+        columns = [[leaf[r] for leaf in leaves] for r in self.rows if self.lasts]
+        self.addresses = [_addresses(column) for column in columns]
 
     def _local(self, grads: Tensors) -> Tensors:
         return list(map(local, grads)) if self.sharded else grads
@@ -123,6 +125,7 @@ def _executors(
     leaves: Sequence[Leaf],
     grads: Tensors,
     way: Way,
+    together: bool,
     scratch: Scratch,
     places: Sequence[int],
 ) -> list[Executor]:
@@ -145,19 +148,12 @@ def _executors(
     dense = {
         i: leaf for i, leaf in rest.items() if same_layout([*leaf.values(), grads[i]])
     }
-    on_cpu = [(i, leaf) for i, leaf in dense.items() if leaf["param"].is_cpu]
-    elsewhere = [(i, leaf) for i, leaf in dense.items() if not leaf["param"].is_cpu]
     plain = {i: leaf for i, leaf in rest.items() if i not in dense}
-    for block in batches.blocks(on_cpu, way.together):
-        if eager.takes(block):
-            found.append(Lists(block, eager.one_pass(block), scratch))
+    for batch in batches.batched(dense.items(), together):
+        if eager.takes(batch):
+            found.append(Lists(batch, scratch))
         else:
-            plain |= {piece.member: rest[piece.member] for piece in block}
-    for pieces in batches.whole(elsewhere, way.together):
-        if eager.takes(pieces):
-            found.append(Lists(pieces, False, scratch))
-        else:
-            plain |= {piece.member: piece.leaf for piece in pieces}
+            plain |= {piece.member: rest[piece.member] for piece in batch}
     if plain:
         found.append(Plain(plain))
     return found

@@ -1,7 +1,9 @@
 """The step over lists of tensors, with PyTorch's own kernels.
 
-On a CPU PyTorch's one-pass optimizers do most of it: its Adam moves z and the moments,
-its SGD moves y. Elsewhere, and in other dtypes, the ``torch._foreach`` functions do.
+On a CPU a list is one tensor of memory in a row, which may be that of many small
+parameters, and PyTorch's one-pass optimizers do most of the step: its Adam moves z and
+the moments, its SGD moves y. Elsewhere, and in float64, the ``torch._foreach``
+functions do.
 """
 
 from collections.abc import Sequence
@@ -11,17 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sf_torch._step.batches import BLOCK, Piece, arithmetic_dtype, is_master
+from sf_torch._step import batches
+from sf_torch._step.batches import BLOCK, Piece, arithmetic_dtype, flat, is_master
 from sf_torch._step.numbers import Numbers
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
 CORRECTED_EVERY = 32
 """Steps after which v is rescaled to undo the rounding of b2 to float32."""
-
-FOR_ONE_THREAD, FOR_ALL_THREADS = 2**8, 2**15
-"""The least size of a tensor, in elements, at which its one-pass kernel is worth it: so
-many for each further thread that the kernel wakes, and never more than the second."""
 
 
 class Scratch:
@@ -36,7 +35,7 @@ class Scratch:
 
     def memory(self, like: Tensor, size: int, name: str) -> Tensor:
         """``size`` elements, of the dtype and on the device of ``like``."""
-        if not like.is_cpu:
+        if not batches.in_blocks(like):
             return like.new_empty(size)
         memory = self._kept.get((name, like.dtype))
         if memory is None or memory.numel() < size:
@@ -45,77 +44,85 @@ class Scratch:
 
 
 class Spare:
-    """Scratch tensors shaped like given ones; ``flat`` is their memory in a row."""
+    """Scratch memory for one array of each piece.
 
-    def __init__(self, scratch: Scratch, tensors: Tensors, name: str) -> None:
-        sizes = [t.numel() for t in tensors]
-        self.flat = scratch.memory(tensors[0], sum(sizes), name)
+    ``flat`` is all of it in a row, ``parts`` has a tensor for each piece, and ``rows``
+    is the list that arithmetic runs over.
+    """
+
+    def __init__(self, scratch: Scratch, likes: Tensors, name: str) -> None:
+        sizes = [like.numel() for like in likes]
+        self.flat = scratch.memory(likes[0], sum(sizes), name)
         # In each tensor's own layout.
-        self.tensors = [
-            part if t.dim() == 1 else part.as_strided(t.shape, t.stride())
-            for part, t in zip(self.flat.split(sizes), tensors, strict=True)
+        self.parts = [
+            part if like.dim() == 1 else part.as_strided(like.shape, like.stride())
+            for part, like in zip(self.flat.split(sizes), likes, strict=True)
         ]
+        self.rows = [self.flat] if batches.in_blocks(likes[0]) else self.parts
 
 
 class Lists:
-    """Executor: parallel lists of tensors that are alike, in the dtype of arithmetic.
+    """Executor: pieces that are alike, in the dtype of arithmetic.
+
+    On a CPU the state of several pieces is moved into one memory, so that thousands of
+    small parameters take their step as one tensor. Parameters and gradients stay where
+    they are: they are copied there and back.
 
     Args:
       pieces: of one device and the same dtypes, all of whose state is in the dtype of
         arithmetic.
-      one_pass: whether PyTorch's one-pass optimizers take them.
       scratch: of the optimizer.
     """
 
-    def __init__(
-        self, pieces: Sequence[Piece], one_pass: bool, scratch: Scratch
-    ) -> None:
-        self.pieces = pieces
-        self.one_pass = one_pass
-        self.scratch = scratch
+    def __init__(self, pieces: Sequence[Piece], scratch: Scratch) -> None:
+        self.pieces, self.scratch = pieces, scratch
         self._spares: dict[str, Spare] = {}
         first = pieces[0].leaf
-        rows = {row: [piece.leaf[row] for piece in pieces] for row in first}
-        self.params, self.zs, self.xs = rows["param"], rows["z"], rows.get("x")
+        parts = {row: [piece.leaf[row] for piece in pieces] for row in first}
+        self.params, self.z_parts = parts.pop("param"), parts["z"]
+        self.next_zs = parts.pop("next_z", None)
+        self.in_a_row = batches.in_blocks(first["z"])
+        # Whether the parameters are roundings of y, which x and z give.
+        self.master = is_master(first["z"], first["param"])
+        rows = {
+            row: [joined(tensors)] if self.in_a_row else tensors
+            for row, tensors in parts.items()
+        }
+        self.zs, self.xs, self.kept_ys = rows["z"], rows.get("x"), rows.get("y")
         self.means, self.vs = rows.get("exp_avg"), rows.get("exp_avg_sq")
-        self.kept_ys, self.next_zs = rows.get("y"), rows.get("next_z")
-        # None: the parameters are roundings of y, which x and z give.
-        self.ys = (
-            None if self.xs and is_master(first["z"], first["param"]) else (self.params)
-        )
-        self.counts: list[Tensor] = []
-        if one_pass:
-            # Adam's kernel with an infinite count corrects no bias: the numbers do.
-            self.counts = [torch.tensor(float("inf"))] * len(pieces)
+        self.one_pass = self.in_a_row and first["z"].dtype == torch.float32
 
     def step(self, n: Numbers, grads: Tensors) -> None:
-        zs, ys, xs = self.zs, self.ys, self.xs
+        zs, xs = self.zs, self.xs
+        # What x is stored beside is looked at only where the decay asks for it.
+        ys = self._ys(n) if xs is None else []
         if n.decay_moves_x:
-            self._shrink(n)
-        if xs is None:
-            old_zs = self._spare("z").tensors
-            torch._foreach_copy_(old_zs, zs)
+            self._shrink(ys, n)
+        old_zs = self._copy("z", zs) if xs is None else []
         if self.next_zs is not None:
-            torch._foreach_copy_(zs, self.next_zs)
+            torch._foreach_copy_(self.z_parts, self.next_zs)
         else:
-            self._move_z([piece.of(grads) for piece in self.pieces], n)
+            grads = [piece.of(grads) for piece in self.pieces]
+            self._move_z(self._rows("gradient", grads), ys, n)
         if xs is None:
-            self._move_y(old_zs, n)
+            self._move_y(ys, old_zs, n)
         else:
             torch._foreach_lerp_(xs, zs, n.ckp1)
             ys = self._between(n.z_in_next_y)
-            torch._foreach_copy_(self.params, ys)
+        if "y" in self._spares:
+            torch._foreach_copy_(self.params, self._spare("y").parts)
         if self.kept_ys is not None:
-            torch._foreach_copy_(self.kept_ys, ys or self.params)
+            torch._foreach_copy_(self.kept_ys, ys)
+        if not self.in_a_row:
+            self._spares.clear()
 
-    def _move_z(self, grads: Tensors, n: Numbers) -> None:
+    def _move_z(self, grads: Tensors, ys: Tensors, n: Numbers) -> None:
         """z and the moments."""
-        if grads[0].dtype != self.zs[0].dtype:
-            narrow, grads = grads, self._spare("gradient").tensors
-            torch._foreach_copy_(grads, narrow)
-        decays = bool(n.decay_at) and not n.decay_moves_x
+        at = None
+        if n.decay_at and not n.decay_moves_x:
+            at = self._at(ys, n)
         if self.vs is not None and self.one_pass and n.root:
-            self._fused_adam(grads, n, decays)
+            self._fused_adam(grads, at, n)
             return
         directions, lr = grads, n.lr
         if self.means is not None:
@@ -128,37 +135,32 @@ class Lists:
                 roots = torch._foreach_sqrt(self.vs)
                 torch._foreach_add_(roots, n.eps / n.root)
                 directions, lr = torch._foreach_div(directions, roots), lr / n.root
-        if decays and lr:
+        if at is not None and lr:
             # One sum, so that z is rounded once.
-            at = self._at(n)
-            targets = self._spare("direction").tensors
-            torch._foreach_copy_(targets, directions)
-            torch._foreach_add_(targets, at, alpha=n.decay / lr)
-            directions = targets
+            directions = self._copy("direction", directions)
+            torch._foreach_add_(directions, at, alpha=n.decay / lr)
         torch._foreach_add_(self.zs, directions, alpha=-lr)
 
-    def _fused_adam(self, grads: Tensors, n: Numbers, decays: bool) -> None:
+    def _fused_adam(self, grads: Tensors, at: Tensors | None, n: Numbers) -> None:
         assert self.vs is not None
-        targets = self.zs
-        if decays:
+        targets, means = self.zs, self.means
+        if at is not None:
             # Apart from z, so that z is rounded once, with the decay in it.
-            spare = self._spare("direction")
-            targets = spare.tensors
-            torch._foreach_copy_(targets, self._at(n))
-            spare.flat.mul_(-n.decay)
-        means = self.means
+            targets = self._spare("direction").rows
+            torch._foreach_zero_(targets)
+            torch._foreach_add_(targets, at, alpha=-n.decay)
         if means is None:
             # The kernel writes a first moment and reads it, if only 0 times.
-            spare = self._spare("mean")
-            spare.flat.zero_()
-            means = spare.tensors
+            means = self._spare("mean").rows
+            torch._foreach_zero_(means)
         torch._fused_adam_(
             targets,
             grads,
             means,
             self.vs,
             [],
-            self.counts,
+            # An infinite count of steps: the numbers have corrected the bias already.
+            [torch.tensor(float("inf"))] * len(grads),
             lr=n.lr / n.root,
             beta1=1 - n.m_weight,
             beta2=n.b2,
@@ -167,23 +169,22 @@ class Lists:
             amsgrad=False,
             maximize=False,
         )
-        if decays:
+        if at is not None:
             torch._foreach_add_(self.zs, targets)
         if (n.k + 1) % CORRECTED_EVERY == 0 and _error_of(n.b2) != 1:
             torch._foreach_mul_(self.vs, _error_of(n.b2) ** CORRECTED_EVERY)
 
-    def _move_y(self, old_zs: list[Tensor], n: Numbers) -> None:
+    def _move_y(self, ys: Tensors, old_zs: Tensors, n: Numbers) -> None:
         """Moves y in place, after z has moved. Overwrites ``old_zs``.
 
         y' = y + to_step z' + (to_z - to_step) z - to_z y
         """
-        ys, zs = self.params, self.zs
         if self.one_pass and n.to_step:
             # SGD in one pass: z' as the gradient, y decaying, z as the momentum.
             momentum = (n.to_z - n.to_step) / n.to_step
             torch._fused_sgd_(
                 ys,
-                zs,
+                self.zs,
                 old_zs if momentum else [],
                 weight_decay=-n.to_z / n.to_step,
                 momentum=momentum,
@@ -194,47 +195,83 @@ class Lists:
                 is_first_step=False,
             )
             return
-        ways = torch._foreach_sub(zs, old_zs)
+        ways = torch._foreach_sub(self.zs, old_zs)
         torch._foreach_mul_(ways, n.to_step)
         torch._foreach_sub_(old_zs, ys)
         torch._foreach_add_(ways, old_zs, alpha=n.to_z)
         torch._foreach_add_(ys, ways)
 
-    def _shrink(self, n: Numbers) -> None:
+    def _shrink(self, ys: Tensors, n: Numbers) -> None:
         """Shrinks z or y by the decay, and sets x to what the two imply."""
         if n.decay_at == "z":
             if self.xs is not None:
                 torch._foreach_add_(self.xs, self.zs, alpha=-n.decay * n.z_in_x)
             torch._foreach_mul_(self.zs, 1 - n.decay)
         elif self.xs is None:
-            torch._foreach_mul_(self.params, 1 - n.decay)
+            torch._foreach_mul_(ys, 1 - n.decay)
         else:
             ys = self._between(n.z_in_y)
             torch._foreach_add_(self.xs, ys, alpha=-n.decay * (1 - n.z_in_x))
 
-    def _at(self, n: Numbers) -> Tensors:
+    def _at(self, ys: Tensors, n: Numbers) -> Tensors:
         """The iterate that decays: y, z or x before the step."""
         if n.decay_at == "z":
             return self.zs
         if n.decay_at == "x":
-            return self.xs or torch._foreach_lerp(self.params, self.zs, n.z_in_x)
-        return self.ys or self._between(n.z_in_y)
+            return self.xs or torch._foreach_lerp(ys, self.zs, n.z_in_x)
+        return ys or self._ys(n)
 
-    def _between(self, z_in_y: float) -> list[Tensor]:
+    def _ys(self, n: Numbers) -> Tensors:
+        """y before the step."""
+        if self.master:
+            return self._between(n.z_in_y)
+        return self._rows("y", self.params)
+
+    def _between(self, z_in_y: float) -> Tensors:
         """y of the present x and z, in scratch memory."""
         assert self.xs is not None
-        ys = self._spare("y").tensors
-        torch._foreach_copy_(ys, self.xs)
+        ys = self._copy("y", self.xs)
         torch._foreach_lerp_(ys, self.zs, z_in_y)
         return ys
 
+    def _rows(self, name: str, tensors: Tensors) -> Tensors:
+        """One tensor of each piece, as arithmetic takes them: in place if it can."""
+        if tensors[0].dtype == self.zs[0].dtype:
+            if not self.in_a_row:
+                return tensors
+            if len(tensors) == 1:
+                return [flat(tensors[0])]
+        spare = self._spare(name)
+        torch._foreach_copy_(spare.parts, tensors)
+        return spare.rows
+
+    def _copy(self, name: str, rows: Tensors) -> Tensors:
+        copy = self._spare(name).rows
+        torch._foreach_copy_(copy, rows)
+        return copy
+
     def _spare(self, name: str) -> Spare:
-        """Scratch tensors shaped like z."""
-        if not self.zs[0].is_cpu:
-            return Spare(self.scratch, self.zs, name)
         if name not in self._spares:
-            self._spares[name] = Spare(self.scratch, self.zs, name)
+            self._spares[name] = Spare(self.scratch, self.z_parts, name)
         return self._spares[name]
+
+
+def joined(tensors: Tensors) -> Tensor:
+    """The memory of dense tensors in a row. They are moved there if they lie apart."""
+    first, sizes = tensors[0], [t.numel() for t in tensors]
+    memory, end = first.untyped_storage().data_ptr(), first.data_ptr()
+    for tensor, size in zip(tensors, sizes, strict=True):
+        apart = tensor.untyped_storage().data_ptr() != memory
+        if apart or tensor.data_ptr() != end:
+            break
+        end += size * tensor.itemsize
+    else:
+        return first.as_strided((sum(sizes),), (1,))
+    row = torch.cat([flat(tensor) for tensor in tensors])
+    for tensor, part in zip(tensors, row.split(sizes), strict=True):
+        at = part.storage_offset()
+        tensor.data = part.as_strided(tensor.shape, tensor.stride(), at)
+    return row
 
 
 def takes(pieces: Sequence[Piece]) -> bool:
@@ -243,19 +280,6 @@ def takes(pieces: Sequence[Piece]) -> bool:
     dtype = arithmetic_dtype(leaf)
     state = [tensor for row, tensor in leaf.items() if row != "param"]
     return not dtype.is_complex and all(t.dtype == dtype for t in state)
-
-
-def one_pass(pieces: Sequence[Piece]) -> bool:
-    """Whether PyTorch's one-pass optimizers for CPUs are the better way."""
-    leaf = pieces[0].leaf
-    threads = max(1, torch.get_num_threads() - 1)
-    # Each wakes all threads for every tensor, which takes longer than a small step.
-    worth = min(FOR_ONE_THREAD * threads, FOR_ALL_THREADS)
-    return (
-        leaf["z"].dtype == torch.float32
-        and leaf["param"].dtype.itemsize <= 4
-        and sum(p.leaf["z"].numel() for p in pieces) >= worth * len(pieces)
-    )
 
 
 @cache

@@ -20,7 +20,7 @@ from sf_torch._step.numbers import Numbers
 try:
     import triton
 
-    from sf_torch._step.triton_kernels import TYPES, step_kernel, switch_kernel
+    from sf_torch._step.triton_kernels import TYPES, step_kernel
 except ImportError:  # PyTorch's builds for CPUs come without it
     triton = None
 
@@ -132,34 +132,3 @@ def _in_layout_of(param: Tensor, grad: Tensor) -> Tensor:
     if same_layout([grad, param]):
         return grad
     return torch.empty_like(param, dtype=grad.dtype).copy_(grad)
-
-
-def switch(lean: Sequence[Leaf], b1: float, to_x: bool) -> list[Leaf]:
-    """Exchanges y for x in each leaf of "param", "z" and the kept "y", or x for y.
-
-    Returns those that the kernel cannot take.
-    """
-    taken: list[Leaf] = []
-    rest: list[Leaf] = []
-    for leaf in lean:
-        (taken if _switches([*leaf.values()]) else rest).append(leaf)
-    for launch in launches_over(taken):
-        launch.run(
-            switch_kernel,
-            launch.table,
-            launch.blocks,
-            len(launch.members),
-            1 - 1 / b1,
-            1 - b1,
-            TO_X=to_x,
-        )
-    return rest
-
-
-def _switches(tensors: Sequence[Tensor]) -> bool:
-    return (
-        works_on(tensors[0].device)
-        and all(t.dtype == torch.float32 for t in tensors)
-        and same_device(tensors)
-        and same_layout(tensors)
-    )

@@ -64,19 +64,19 @@ class Launch:
 
 
 def launches_over(
-    arrays: Sequence[dict[str, Tensor]], grads: Sequence[Tensor] = ()
+    arrays: Sequence[dict[str, Tensor]], grads: Sequence[Tensor]
 ) -> list[Launch]:
     """Launches over parameters, each given as its arrays by row name.
 
     Args:
       arrays: of each parameter.
-      grads: of each parameter, for a step; none for a switch of modes.
+      grads: of each parameter.
     """
     batches: dict[Any, list[int]] = {}
     for i, each in enumerate(arrays):
         param = each["param"]
         if param.numel():
-            tensors = [*each.values(), *grads[i : i + 1]]
+            tensors = [*each.values(), grads[i]]
             starts = [t.data_ptr() for t in tensors]
             aligned = all(n % 16 == 0 for n in (*starts, param.numel()))
             alike = (aligned, param.device, *each, *(t.dtype for t in tensors))
@@ -87,13 +87,13 @@ def launches_over(
         rows = [row for row in ROWS if row in first]
         sizes = [arrays[i]["param"].numel() for i in members]
         table = [arrays[i][row].data_ptr() for row in rows for i in members]
-        at = _integers([grads[i].data_ptr() for i in members if grads])
+        at = _integers([grads[i].data_ptr() for i in members])
         launches.append(
             Launch(
                 members,
                 rows,
                 first["param"].dtype,
-                grads[members[0]].dtype if grads else first["param"].dtype,
+                grads[members[0]].dtype,
                 is_master(first["z"], first["param"]),
                 aligned,
                 on_device(_integers(table + sizes), device),

@@ -2,22 +2,28 @@
 
 x takes the place of y in memory. Where the state does not have x, y stays in the state
 meanwhile: made anew from x and z it would be a rounding off, and another one at the
-next switch.
+next switch. Weights that are written over x meanwhile are x from then on, and y moves
+by β times what x has moved by:
+
+    y' = y + β (x' - x),    with x as it was made of y and z
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from sf_torch._step import batches, fused
-from sf_torch._step.batches import local, same_layout
-from sf_torch._step.eager import Scratch, Spare
-from sf_torch._step.formula import recover_x, recover_y
+from sf_torch._step.batches import (
+    BLOCK,
+    flat,
+    in_blocks,
+    local,
+    same_layout,
+    wide_dtype,
+)
+from sf_torch._step.eager import Scratch
 
 State = dict[str, Tensor]  # of one parameter
-Lean = dict[str, Tensor]
-"""A parameter, its z and the y that is kept for it: "param", "z" and "y"."""
 
 
 class Modes:
@@ -32,65 +38,49 @@ class Modes:
         self._memory: dict[int, Tensor] = {}
         self._scratch = Scratch()
 
-    def to_x(
-        self, moved: Sequence[tuple[Tensor, State]], b1: float, fuses: bool
-    ) -> None:
+    def to_x(self, moved: Sequence[tuple[Tensor, State]], b1: float) -> None:
         """Switches parameters from y to x, and keeps y in the state."""
-        lean = []
         for param, state in moved:
             if "x" in state:
                 param.copy_(state["x"])
-            else:
-                state["y"] = self._empty_like(param)
-                lean.append(_lean(param, state["z"], state["y"]))
-        for leaves in _lists(fused.switch(lean, b1, True) if fuses else lean):
-            ps, zs, ys = (_column(leaves, row) for row in ("param", "z", "y"))
-            torch._foreach_copy_(ys, ps)
-            if ps[0].dtype == zs[0].dtype:
-                torch._foreach_lerp_(ps, zs, 1 - 1 / b1)
-            else:
-                for p, z in zip(ps, zs, strict=True):
-                    p.copy_(recover_x(p, z, b1))
-
-    def to_y(
-        self, moved: Sequence[tuple[Tensor, State]], b1: float, fuses: bool
-    ) -> None:
-        """Switches parameters from x to y.
-
-        Restores the kept y where the parameter is still the x that was made of it, and
-        computes y from the present x elsewhere.
-        """
-        lean = []
-        for param, state in moved:
-            if "x" in state or "y" not in state:
-                x, z = state.get("x", param), state["z"]
-                param.copy_(state["y"] if "y" in state else recover_y(x, z, b1))
-            else:
-                y = state.pop("y")
-                if y.is_cpu:
-                    self._memory[id(param)] = y
-                lean.append(_lean(param, state["z"], y))
-        for leaves in _lists(fused.switch(lean, b1, False) if fuses else lean):
-            ps, zs, ys = (_column(leaves, row) for row in ("param", "z", "y"))
-            # On other devices the host would wait for the answer.
-            if ps[0].is_cpu and self._are_left(ps, zs, ys, b1):
-                torch._foreach_copy_(ps, ys)
                 continue
-            for p, z, y in zip(ps, zs, ys, strict=True):
-                is_left = recover_x(y, z, b1).to(p.dtype) == p
-                p.copy_(torch.where(is_left, y, recover_y(p, z, b1).to(p.dtype)))
+            state["y"] = self._empty_like(param)
+            for p, z, y in _parts(param, state["z"], state["y"]):
+                y.copy_(p)
+                self._lerp(y, z, 1 - 1 / b1, out=p)
 
-    def _are_left(
-        self, ps: list[Tensor], zs: list[Tensor], ys: list[Tensor], b1: float
-    ) -> bool:
-        """Whether every parameter is still the x that its kept y and z give."""
-        if ps[0].dtype != zs[0].dtype:
-            return False
-        spare = Spare(self._scratch, ps, "x")
-        torch._foreach_copy_(spare.tensors, ys)
-        torch._foreach_lerp_(spare.tensors, zs, 1 - 1 / b1)
-        torch._foreach_sub_(spare.tensors, ps)
-        return not spare.flat.any()
+    def to_y(self, moved: Sequence[tuple[Tensor, State]], b1: float) -> None:
+        """Switches parameters from x to y, to the last bit where x is as it was."""
+        for param, state in moved:
+            if "x" in state and "y" in state:
+                param.copy_(state["y"])
+                continue
+            if "x" in state or "y" not in state:
+                for p, z, x in _parts(param, state["z"], state.get("x", param)):
+                    self._lerp(x, z, 1 - b1, out=p)
+                continue
+            kept = state.pop("y")
+            if kept.is_cpu:
+                self._memory[id(param)] = kept
+            for p, z, y in _parts(param, state["z"], kept):
+                x = self._scratch.memory(y, y.numel(), "x").view(y.shape)
+                self._lerp(y, z, 1 - 1 / b1, out=x)
+                if p.dtype.itemsize < 4:
+                    p.copy_(y.float() + b1 * (p.float() - x.float()))
+                else:
+                    torch.add(y, p.sub_(x), alpha=b1, out=p)
+
+    def _lerp(self, a: Tensor, b: Tensor, weight: float, out: Tensor) -> None:
+        """``a + weight (b - a)``: the same bits for the same a and b."""
+        dtype = wide_dtype(a.dtype, b.dtype)
+        if a.dtype == b.dtype == dtype and a.is_contiguous() and b.is_contiguous():
+            fits = out.dtype == dtype and out.is_contiguous()
+            to = out if fits else self._scratch.memory(a, a.numel(), "").view(a.shape)
+            torch.lerp(a, b, weight, out=to)
+        else:
+            to = torch.lerp(a.to(dtype), b.to(dtype), weight)
+        if to is not out:
+            out.copy_(to)
 
     def _empty_like(self, param: Tensor) -> Tensor:
         memory = self._memory.pop(id(param), None)
@@ -105,23 +95,10 @@ class Modes:
         return torch.empty_like(like)
 
 
-def _lean(param: Tensor, z: Tensor, y: Tensor) -> Lean:
-    return {"param": local(param.detach()), "z": local(z), "y": local(y)}
-
-
-def _column(leaves: Sequence[Lean], row: str) -> list[Tensor]:
-    return [leaf[row] for leaf in leaves]
-
-
-def _lists(lean: Sequence[Lean]) -> list[list[Lean]]:
-    """Leaves of one kind together, on a CPU in blocks that stay in its cache."""
-    dense: list[Lean] = []
-    others: list[Lean] = []
-    for leaf in lean:
-        (dense if same_layout([*leaf.values()]) else others).append(leaf)
-    on_cpu = [leaf for leaf in dense if leaf["param"].is_cpu]
-    elsewhere = [leaf for leaf in dense if not leaf["param"].is_cpu]
-    blocks = batches.blocks(enumerate(on_cpu), together=True)
-    lists = batches.whole(enumerate(elsewhere), together=True)
-    alike = [[piece.leaf for piece in pieces] for pieces in (*blocks, *lists)]
-    return alike + [[leaf] for leaf in others]
+def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same elements of each: on a CPU as many as stay in its cache."""
+    tensors = tuple(local(tensor.detach()) for tensor in tensors)
+    if in_blocks(tensors[0]) and tensors[0].numel() > BLOCK and same_layout(tensors):
+        yield from zip(*[flat(t).split(BLOCK) for t in tensors], strict=True)
+    else:
+        yield tensors

@@ -1,4 +1,4 @@
-"""The step and the switch of modes as Triton kernels; imported only where Triton is.
+"""The step as a Triton kernel; imported only where Triton is.
 
 One program moves one block of one tensor: reads each array once, writes it once. The
 formulas are those of :mod:`sf_torch._step.numbers`, whose numbers a kernel reads from
@@ -156,31 +156,3 @@ def step_kernel(
     if Y_ROW >= 0:
         y_at = _pointer(table, Y_ROW * n + which, tl.float32, ALIGNED) + offsets
         tl.store(y_at, y, mask=mask)
-
-
-@triton.jit(do_not_specialize=["n", "z_in_x", "z_in_y"])
-def switch_kernel(
-    table,  # (4, n) int64: addresses of param, z and the y that is kept; sizes
-    blocks,  # as above
-    n,
-    z_in_x,  # 1 - 1 / β
-    z_in_y,  # 1 - β
-    TO_X: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    which, offsets, mask = _block(blocks, table + 3 * n, ALIGNED, BLOCK)
-    param_at = _pointer(table, which, tl.float32, ALIGNED) + offsets
-    z_at = _pointer(table, n + which, tl.float32, ALIGNED) + offsets
-    y_at = _pointer(table, 2 * n + which, tl.float32, ALIGNED) + offsets
-    param = tl.load(param_at, mask=mask)
-    z = tl.load(z_at, mask=mask)
-    if TO_X:
-        tl.store(y_at, param, mask=mask)
-        tl.store(param_at, _lerp(param, z, z_in_x), mask=mask)
-    else:
-        y = tl.load(y_at, mask=mask)
-        # The y that was kept where the parameter is still its x; else that of this x.
-        is_left = _lerp(y, z, z_in_x) == param
-        y = tl.where(is_left, y, _lerp(param, z, z_in_y))
-        tl.store(param_at, y, mask=mask)

@@ -32,7 +32,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-KERNELS = {name: getattr(launcher, name) for name in ("step_kernel", "switch_kernel")}
+KERNELS = {"step_kernel": launcher.step_kernel}
 POINTERS = {torch.int64: "*i64", torch.float64: "*fp64"}
 
 
@@ -80,8 +80,6 @@ def launched_by(names, dtypes, aligned=True):
             optimizer = build(name, [p], fused=True)
             p.grad = torch.ones_like(p)
             optimizer.step(lambda: 1.0)
-            optimizer.eval()
-            optimizer.train()
     return seen
 
 
@@ -125,12 +123,7 @@ def facts(launched, target):
 
 def described(launched):
     """The kernel, and what it has to move of each element."""
-    name, _, fixed = launched
-    fixed = dict(fixed)
-    if name == "switch_kernel":
-        to = "x" if fixed["TO_X"] else "y"
-        # y and z are read, x and the kept y written; or all read, and y written.
-        return {"kernel": f"to {to}", "least": 4 * 4, "aligned": fixed["ALIGNED"]}
+    fixed = dict(launched[2])
     rows = [row for row in "XYVM" if fixed[f"{row}_ROW"] >= 0]
     width = fixed["PARAM"].primitive_bitwidth // 8
     # y lies between x and z, where these are stored: only a decay at y reads it then.

@@ -18,10 +18,11 @@ from members import (
     tensors,
 )
 
-from sf_torch._step import dispatch, eager, formula
+from sf_torch._step import batches, eager, formula
 
-# Large enough for the one-pass kernels, too small for them, and a scalar.
-SHAPES = [(40, 50), (700,), (3,), ()]
+# In slices, alone, and in a row with others.
+SHAPES = [(40, 50), (700,), (3,), (), (20, 30)]
+BLOCK, SMALL = 900, 500
 STEPS = 5
 
 
@@ -39,7 +40,11 @@ def trained(name, dtype, seen):
     "dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str
 )
 @pytest.mark.parametrize("name", MEMBERS)
-def test_lists_take_the_step_of_the_formula(name, dtype, monkeypatch):
+@pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "lists"])
+def test_lists_take_the_step_of_the_formula(name, dtype, blocks, monkeypatch):
+    monkeypatch.setattr(batches, "BLOCK", BLOCK)
+    monkeypatch.setattr(batches, "SMALL", SMALL)
+    monkeypatch.setattr(batches, "in_blocks", lambda tensor: blocks)
     by_lists, by_formula = set(), set()
     ours = trained(name, dtype, by_lists)
     monkeypatch.setattr(eager, "takes", lambda pieces: False)
@@ -72,10 +77,21 @@ def test_one_executor_is_seen_for_each_kind_of_array():
         assert [type(e) for e in plan.executors] == [formula.Plain]
 
 
-def test_one_pass_kernels_take_what_is_worth_their_threads():
-    def pieces(size):
-        leaf = {"param": torch.ones(size), "z": torch.ones(size)}
-        return next(dispatch.batches.blocks([(0, leaf)], together=True))
-
-    assert eager.one_pass(pieces(2**16))
-    assert not eager.one_pass(pieces(2))
+def test_the_state_of_small_parameters_lies_in_one_memory_and_stays_theirs():
+    """Also after a step in which some had no gradient; large ones are left alone."""
+    sizes = [(3,), (4, 5), (), (0,), (batches.SMALL + 1,), (2,)]
+    params = [torch.nn.Parameter(torch.ones(size)) for size in sizes]
+    optimizer = build("SGDScheduleFree", params, store_x=True)
+    run(optimizer, params, [0])
+    states = [optimizer.state[p] for p in params]
+    kept = [dict(state) for state in states]
+    for given in (range(6), range(0, 6, 2), range(6)):
+        optimizer.zero_grad()
+        run(optimizer, [params[i] for i in given], [1])
+        small = [i for i in given if 0 < params[i].numel() <= batches.SMALL]
+        for row in ("z", "x"):
+            memory = {states[i][row].untyped_storage().data_ptr() for i in small}
+            assert len(memory) == 1
+    assert states[4]["z"].untyped_storage().nbytes() == 4 * (batches.SMALL + 1)
+    for before, state in zip(kept, states, strict=True):
+        assert all(before[row] is state[row] for row in ("z", "x"))

@@ -199,21 +199,6 @@ def test_fused_forms_y_anew_where_x_was_changed():
     assert torch.equal(y[4][1:], before[4][1:])
 
 
-def test_a_switch_is_one_launch_for_all_that_is_alike(monkeypatch):
-    grids = []
-
-    class Spy:
-        def __getitem__(self, grid):
-            grids.append(grid)
-            return kernel[grid]
-
-    kernel = fused.switch_kernel
-    _, _, optimizer = train(OPTIMIZERS["sgd"], fused=True)
-    monkeypatch.setattr(fused, "switch_kernel", Spy())
-    optimizer.eval()
-    assert len(grids) == 2  # aligned and not
-
-
 def new_gradients(params, optimizer):
     """Which is what every step brings."""
 
