@@ -72,33 +72,32 @@ class Modes:
 
     def _lerp(self, a: Tensor, b: Tensor, weight: float, out: Tensor) -> None:
         """``a + weight (b - a)``: the same bits for the same a and b."""
-        dtype = wide_dtype(a.dtype, b.dtype)
-        if a.dtype == b.dtype == dtype and a.is_contiguous() and b.is_contiguous():
-            fits = out.dtype == dtype and out.is_contiguous()
+        in_place = a.dtype == b.dtype and a.dtype.itemsize >= 4
+        if in_place and a.is_contiguous() and b.is_contiguous():
+            fits = out.dtype == a.dtype and out.is_contiguous()
             to = out if fits else self._scratch.memory(a, a.numel(), "").view(a.shape)
             torch.lerp(a, b, weight, out=to)
         else:
+            dtype = wide_dtype(a.dtype, b.dtype)
             to = torch.lerp(a.to(dtype), b.to(dtype), weight)
         if to is not out:
             out.copy_(to)
 
     def _empty_like(self, param: Tensor) -> Tensor:
         memory = self._memory.pop(id(param), None)
-        like = param.detach()
-        if (
-            memory is not None
-            and (memory.shape, memory.dtype) == (like.shape, like.dtype)
-            and memory.device == like.device
-            and local(memory).stride() == local(like).stride()
-        ):
+        if memory is not None and _kind(memory) == _kind(param):
             return memory
-        return torch.empty_like(like)
+        return torch.empty_like(param.detach())
 
 
 def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same elements of each: on a CPU as many as stay in its cache."""
-    tensors = tuple(local(tensor.detach()) for tensor in tensors)
+    tensors = tuple(map(local, tensors))
     if in_blocks(tensors[0]) and tensors[0].numel() > BLOCK and same_layout(tensors):
         yield from zip(*[flat(t).split(BLOCK) for t in tensors], strict=True)
     else:
         yield tensors
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device
