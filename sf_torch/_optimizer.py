@@ -35,6 +35,9 @@ from sf_torch._step.schedule import (
     warmed_up,
 )
 
+Part = tuple[Any, Plan, list[Tensor]]
+"""Parameters of a group: the steps they missed, their plan and their gradients."""
+
 COMPILED = "an exception in compiled code"
 
 
@@ -169,11 +172,13 @@ class ScheduleFree(Iterates):
           For each group its draft and (plan, numbers, gradients) of its parameters;
           and (leaves, gradients, numbers) of those that a compiler is to have.
         """
-        former, self._plans = self.__dict__.get("_plans", {}), {}
+        former = self.__dict__.get("_plans", {})
+        self._plans: dict[Any, Plan] = {}
         drafts = [dict(group) for group in self.param_groups]
-        self._measure(loss, drafts)
+        parts = [self._planned(group, former) for group in self.param_groups]
+        self._measure(loss, drafts, parts)
         steps, compiled = [], []
-        for group, draft in zip(self.param_groups, drafts, strict=True):
+        for group, draft, mine in zip(self.param_groups, drafts, parts, strict=True):
             way = self._way(group)
             if way.captures:
                 to_device(draft, group["params"][0].device)
@@ -181,26 +186,20 @@ class ScheduleFree(Iterates):
             ckp1 = self._weight(draft, lr)
             b1, next_b1 = self._betas(group, draft, ckp1)
             planned = []
-            for missed, params in self._parts(group):
+            for missed, plan, grads in mine:
                 numbers = self._base_numbers(draft, lr, draft["k"] - missed)
                 numbers = numbers.averaged(ckp1, b1, next_b1)
                 if self._skip is not None:
                     numbers = numbers._replace(skip=self._skip)
                 if way.seed is not None:
                     numbers = numbers._replace(step=int(draft["k"]))
-                grads = [p.grad for p in params if p.grad is not None]
                 # Random rounding needs each parameter's place, and v that is rounded
                 # in place would not be: compilers leave out such pairs of conversions.
                 eager = way.fuses or way.seed is not None or numbers.v_in_place
                 if compiles and not eager:
-                    leaves = [self._leaf(p, group) for p in params]
-                    there = numbers.as_tensors(leaves[0]["param"].device)
-                    compiled.append((leaves, list(map(local, grads)), there))
+                    there = numbers.as_tensors(plan.leaves[0]["param"].device)
+                    compiled.append((plan.leaves, list(map(local, grads)), there))
                 else:
-                    key = id(group), missed
-                    plan = self._plan(former.get(key), group, way, params, grads)
-                    if plan.lasts:
-                        self._plans[key] = plan
                     planned.append((plan, numbers, grads))
             draft["b1"], draft["k"] = next_b1, draft["k"] + 1
             steps.append((group, draft, planned))
@@ -208,7 +207,7 @@ class ScheduleFree(Iterates):
             self._spoiled = COMPILED
         return steps, compiled
 
-    def _measure(self, loss: Any, drafts: list[Group]) -> None:
+    def _measure(self, loss: Any, drafts: list[Group], parts: list[list[Part]]) -> None:
         """Enters into the drafts what the step takes from all groups together."""
 
     @torch.compiler.disable
@@ -224,6 +223,18 @@ class ScheduleFree(Iterates):
                 for p, _ in self._moved(group, stay):
                     self._stay(p, group, draft)
                 enter_counters(group, draft, self._skip)
+
+    def _planned(self, group: Group, former: dict[Any, Plan]) -> list[Part]:
+        """The parameters of a group that have gradients, with plans of their step."""
+        way, planned = self._way(group), []
+        for missed, params in self._parts(group):
+            grads = [p.grad for p in params if p.grad is not None]
+            key = id(group), missed
+            plan = self._plan(former.get(key), group, way, params, grads)
+            if plan.lasts:
+                self._plans[key] = plan
+            planned.append((missed, plan, grads))
+        return planned
 
     def _plan(
         self,

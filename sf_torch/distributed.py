@@ -91,11 +91,21 @@ def totals(numbers: Sequence[float], group: dist.ProcessGroup | None) -> list[fl
 
 def mean_over_mesh(loss: float, mesh: Any) -> float:
     """The mean of the losses of a device mesh's processes."""
-    from torch.distributed.tensor import DTensor, Partial
+    from torch.distributed.tensor import Shard
 
-    number = torch.tensor([loss], dtype=torch.float64, device=mesh.device_type)
-    parts = DTensor.from_local(number, mesh, [Partial()] * mesh.ndim, run_check=False)
-    return float(parts.full_tensor()) / mesh.size()
+    return of_all_shards([loss], mesh, [Shard(0)] * mesh.ndim)[0] / mesh.size()
+
+
+def of_all_shards(
+    sums: Sequence[float], mesh: Any, placements: Sequence[Any]
+) -> list[float]:
+    """Sums over a distributed tensor, of those over each process's part of it."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    here = torch.tensor(sums, dtype=torch.float64, device=mesh.device_type)
+    kinds = [Replicate() if p.is_replicate() else Partial() for p in placements]
+    parts = DTensor.from_local(here, mesh, kinds, run_check=False)
+    return parts.full_tensor().tolist()
 
 
 def warn_of_other_processes(known: int) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from sf_torch import _arguments, distributed
-from sf_torch._optimizer import ScheduleFree, bookkeeping
+from sf_torch._optimizer import Part, ScheduleFree, bookkeeping
 from sf_torch._optimizers.adamw import AdamWScheduleFree
 from sf_torch._optimizers.forms import Reference
 from sf_torch._step.batches import is_flat, of_all_shards, wide_dtype
@@ -268,8 +268,12 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
     @torch.no_grad()
     def grad_norm(self) -> float:
         """The Euclidean norm of all gradients here, over all shards of them."""
-        rows = self._totals(lambda p, group, g: [_square(g)])
-        squares = [sum(row[0] for row in rows)]
+        found: dict[torch.device, list[Tensor]] = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    found.setdefault(p.device, []).append(_square(p.grad))
+        squares = [sum(sum(torch.stack(each).tolist()) for each in found.values())]
         if self.process_group is not None:
             squares = distributed.totals(squares, self.process_group)
         return math.sqrt(squares[0])
@@ -291,9 +295,9 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
             # torch.compile turns it on, unasked, where it sees groups on a GPU.
             group["capturable"] = False
 
-    def _measure(self, loss: Any, drafts: list[Group]) -> None:
-        told = self._told
-        loss = told.get("loss", loss)
+    @torch.compiler.disable
+    def _prepare(self, loss: Any, compiles: bool) -> tuple[list[Any], list[Any]]:
+        loss = self._told.get("loss", loss)
         if loss is None:
             raise TypeError(
                 "ScheduleFree+ needs the loss: call step_func(function_value=loss) "
@@ -302,7 +306,10 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
                 "over, and sf_torch.accelerate.tell_losses(accelerator, optimizer), "
                 "for Hugging Face's Trainer with trainer.accelerator."
             )
-        inner, norm = self._sums(told.get("grad_norm"))
+        return super()._prepare(loss, compiles)
+
+    def _measure(self, loss: Any, drafts: list[Group], parts: list[list[Part]]) -> None:
+        inner, norm = self._sums(parts, self._told.get("grad_norm"))
         self._told = MappingProxyType({})
         # One mean for all groups, kept in each; the first has all its steps.
         first = drafts[0]
@@ -324,26 +331,28 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
             logged = {"function_value_ema": gap, "ip_term": inner}
             draft.update(logged, grad_l1_ema_corr=corrected, loss_floor=floor)
 
-    def _sums(self, grad_norm: float | Tensor | None) -> tuple[float, float]:
+    def _sums(
+        self, parts: list[list[Part]], grad_norm: float | Tensor | None
+    ) -> tuple[float, float]:
         """``Σ β g·(z - x)`` and ``Σ|g|``, as before the gradients were clipped.
 
         Over all groups, all shards of them, and the process group.
         """
-
-        def sums(p: Tensor, group: Group, g: Tensor) -> list[Tensor]:
-            z = self._state_of(p, group)["z"]
-            dtype = wide_dtype(p.dtype, z.dtype)
-            g, way = g.to(dtype), (z - self._x(p, group)).to(dtype)
-            inner = (g.conj() * way).real.sum()
-            found = [
-                self._beta(group) * of_all_shards(inner),
-                of_all_shards(g.abs().sum()),
-            ]
-            return found if grad_norm is None else [*found, _square(g)]
-
-        nothing = [0.0] * (2 if grad_norm is None else 3)
-        rows = [nothing, *self._totals(sums)]
-        found = [sum(column) for column in zip(*rows, strict=True)]
+        squares = grad_norm is not None
+        rows: dict[Any, list[Tensor]] = {}
+        for group, planned in zip(self.param_groups, parts, strict=True):
+            betas = self._beta(group), group["b1"]
+            for _, plan, grads in planned:
+                for place, row in plan.sums(grads, *betas, squares):
+                    rows.setdefault(place, []).append(row)
+        found = [0.0] * (3 if squares else 2)
+        for place, here in rows.items():
+            # The host waits for a device once, and adds in float64.
+            numbers = torch.stack(here).tolist()
+            sums = [sum(column) for column in zip(*numbers, strict=True)]
+            if isinstance(place, tuple):
+                sums = distributed.of_all_shards(sums, *place)
+            found = [a + b for a, b in zip(found, sums, strict=True)]
         if self.process_group is not None:
             found = distributed.totals(found, self.process_group)
         inner, norm, *square = found
@@ -352,18 +361,6 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
             factor = _number(grad_norm) / math.sqrt(square[0])
             inner, norm = factor * inner, factor * norm
         return inner, norm
-
-    def _totals(
-        self, of: Callable[[Tensor, Group, Tensor], list[Tensor]]
-    ) -> list[list[float]]:
-        """Sums of what ``of`` finds for each gradient, a row for each device."""
-        rows: dict[torch.device, list[Tensor]] = {}
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    row = torch.stack(of(p, group, p.grad))
-                    rows.setdefault(p.device, []).append(row)
-        return [torch.stack(each).sum(0).tolist() for each in rows.values()]
 
     def _mean_loss(self, loss: float | Tensor) -> float:
         """The mean over the processes that are known to train the model together."""

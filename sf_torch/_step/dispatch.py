@@ -17,6 +17,7 @@ from sf_torch._step.eager import Lists, Scratch, Tensors
 from sf_torch._step.formula import Plain
 from sf_torch._step.fused import Kernel
 from sf_torch._step.numbers import Numbers
+from sf_torch._step.sums import Sums
 
 Executor = Kernel | Lists | Plain
 
@@ -68,6 +69,8 @@ class Plan:
         places: Sequence[int],
     ) -> None:
         self.params, self.kind = params, kind
+        self.leaves, self.scratch = leaves, scratch
+        self._sums: Sums | None = None
         self.rows = tuple(leaves[0])
         # Mixed dtypes have other rows beside one another, and next_z is another tensor
         # at every step: such parameters are looked at anew.
@@ -114,6 +117,15 @@ class Plan:
         grads = self._local(grads)
         for executor in self.executors:
             executor.step(n, grads)
+
+    def sums(
+        self, grads: Tensors, beta: float, b1: float, squares: bool
+    ) -> list[tuple[Any, Tensor]]:
+        """Rows of sums over all parameters; :meth:`Sums.rows` describes them."""
+        grads = self._local(grads)
+        if self._sums is None:
+            self._sums = Sums(self.params, grads, self.leaves, self.scratch)
+        return self._sums.rows(grads, beta, b1, squares)
 
     def captured(self) -> list[Any]:
         """The launches that a CUDA graph reads, if one is being made of the step."""
