@@ -19,6 +19,10 @@ from sf_torch._step.numbers import Numbers
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
+ENDLESS = torch.tensor(float("inf"))
+"""The count of steps that Adam's kernel is told: at infinity it corrects no bias, which
+the numbers have corrected already."""
+
 CORRECTED_EVERY = 32
 """Steps after which v is rescaled to undo the rounding of b2 to float32."""
 
@@ -159,8 +163,7 @@ class Lists:
             means,
             self.vs,
             [],
-            # An infinite count of steps: the numbers have corrected the bias already.
-            [torch.tensor(float("inf"))] * len(grads),
+            [ENDLESS] * len(grads),
             lr=n.lr / n.root,
             beta1=1 - n.m_weight,
             beta2=n.b2,
