@@ -36,6 +36,8 @@ class Kind(NamedTuple):
     # The value as the function gets it: a Python number for NumPy's. Raises what is no
     # value of this kind: TypeError by its type, ValueError by its size.
     read: Callable[[Any], Any]
+    # The same of what a schedule returns; None where the argument can be no schedule.
+    read_returned: Callable[[Any], Any] | None = None
 
 
 def checked(**own: Kind) -> Callable[[Callable[P, T]], Callable[P, T]]:
@@ -57,7 +59,21 @@ def checked(**own: Kind) -> Callable[[Callable[P, T]], Callable[P, T]]:
             given = signature.bind(*args, **kwargs)
             for name, value in given.arguments.items():
                 given.arguments[name] = check(name, value, kinds[name])
-            return function(*given.args, **given.kwargs)
+            made: Any = function(*given.args, **given.kwargs)
+            schedules = {
+                name: value
+                for name, value in given.arguments.items()
+                if kinds[name].read_returned and _is_schedule(value)
+            }
+            if not schedules or not hasattr(made, "init"):
+                return made
+
+            def init(params: optax.Params) -> Any:
+                for name, schedule in schedules.items():
+                    begins_within(name, schedule, kinds[name])
+                return made.init(params)
+
+            return made._replace(init=init)
 
         return with_checked
 
@@ -98,33 +114,63 @@ def scalar(name: str, result: Any) -> Any:
     return result
 
 
-def schedule_within(schedule: Callable[[Any], Any], low: float, high: float) -> None:
+def fitted(
+    name: str,
+    tree_or_function: Any,
+    params: optax.Params,
+    kind: Kind,
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> Any:
+    """A tree, or what a function of params returns, with a leaf for each of params."""
+    tree = tree_or_function
+    if is_function(tree):
+        tree = check(name, tree(params), kind)
+    try:
+        return jax.tree.broadcast(tree, params, is_leaf)
+    except ValueError:
+        raise ValueError(
+            f"{name} must have the structure of params, or of the beginning of one, "
+            f"{_shown(jax.tree.structure(params))}, got {_shown(tree)}. {kind.advice}"
+        ) from None
+
+
+def begins_within(
+    name: str, schedule: Callable[[Any], Any], kind: Kind | None = None
+) -> None:
+    """Refuses a schedule by what it returns at count 0, where that can be read."""
+    kind = kind or ARGUMENTS[name]
+    with jax.ensure_compile_time_eval():
+        first = scalar(name, schedule(jnp.zeros((), jnp.int32)))
+    assert kind.read_returned
+    returned = kind._replace(read=kind.read_returned)
+    check(f"{name} at count 0 of its schedule", first, returned)
+
+
+def b1_within(schedule: Callable[[Any], Any], low: float, high: float) -> None:
     """Refuses a schedule of β that leaves an interval.
 
     It is looked at where it can be read: at every count up to 4096, and from there in
-    small steps. One that is traced, or can only be called count by count, is looked at
-    where it begins.
+    small steps. One that can only be called count by count is looked at at count 0,
+    and one that is traced is not.
     """
     counts = np.unique(np.append(np.arange(4097), np.geomspace(4096, 2**31 - 1, 1000)))
+    counts = counts.astype(np.int32)
     with jax.ensure_compile_time_eval():
         try:
-            counts = counts.astype(np.int32)
             values = jax.vmap(schedule)(jnp.asarray(counts))
         except (TypeError, ValueError, jax.errors.JAXTypeError):
             counts = np.zeros(1, np.int32)
             values = schedule(jnp.zeros((), jnp.int32))
     if isinstance(values, jax.core.Tracer):
         return
-    if counts.size == 1:
-        scalar("b1, or mu_y,", values)
     values = np.reshape(np.asarray(jax.device_get(values), float), -1)
     wrong = ~((values >= low) & (values <= high))
     if wrong.any():
         place = int(np.argmax(wrong))
         raise ValueError(
             f"β (b1, or mu_y) must stay in [{low:g}, {high:g}], got {values[place]:g} "
-            f"at count {counts[place]} of its schedule. Near 0 y does not determine x: "
-            "build the optimizer with store_x=True."
+            f"at count {counts[place]} of its schedule. Clip it there, or, where it "
+            "comes near 0 and y does not determine x, pass store_x=True."
         )
 
 
@@ -147,6 +193,10 @@ def is_off(value: Any) -> bool:
 
 def _is_array(value: Any) -> bool:
     return isinstance(value, (jax.Array, np.ndarray)) or hasattr(value, "__jax_array__")
+
+
+def _is_schedule(value: Any) -> bool:
+    return callable(value) and not _is_array(value)
 
 
 def _is_real(value: Any) -> bool:
@@ -187,9 +237,7 @@ def _numbers(
     to 0 as training goes on.
     """
 
-    def read(value: Any) -> Any:
-        if schedule and callable(value) and not _is_array(value):
-            return value
+    def read_number(value: Any) -> Any:
         if _is_array(value) and jnp.shape(value) != ():
             raise ValueError
         if not _is_real(value):
@@ -203,11 +251,16 @@ def _numbers(
             raise ValueError
         return value if _is_array(value) else number
 
+    def read(value: Any) -> Any:
+        return value if _is_schedule(value) else read_number(value)
+
     interval = f"[{above_zero or low:g}, {high:g}{']' if below is None else ')'}"
     words = f"a number in {interval}".replace("e+0", "e").replace("e+", "e")
-    forms = "an array or a schedule of one" if schedule else "an array of one"
-    zero = "0 or " if above_zero else ""
-    return Kind(f"{zero}{words} (or {forms})", advice, read)
+    words = f"0 or {words}" if above_zero else words
+    if not schedule:
+        return Kind(f"{words} (or an array of one)", advice, read_number)
+    words = f"{words} (or an array or a schedule of one)"
+    return Kind(words, advice, read, read_number)
 
 
 def _whole_numbers(low: int, high: int, advice: str, *, static: bool = False) -> Kind:

@@ -178,11 +178,11 @@ def exponential_average(mu_x: optax.ScalarOrSchedule = 0.9967) -> Average:
       Defazio et al., *Smoothing DiLoCo with Primal Averaging for Faster Training of
         LLMs*, https://arxiv.org/abs/2512.17131
     """
-    return _Exponential(mu_x)
+    return Exponential(mu_x)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Exponential:
+class Exponential:
     """An :data:`Average` that can be told from those that look at ``ckp1``."""
 
     mu_x: optax.ScalarOrSchedule
@@ -203,7 +203,7 @@ def check_average(
     weight_lr_power: jax.typing.ArrayLike,
 ) -> None:
     """Refuses powers of weights beside an average that has no weights."""
-    if not isinstance(average, _Exponential):
+    if not isinstance(average, Exponential):
         return
     for name, value, default in (("r", r, 0), ("weight_lr_power", weight_lr_power, 2)):
         # Arrays are not looked at: inject_hyperparams makes them of defaults too.

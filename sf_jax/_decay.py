@@ -13,13 +13,10 @@ Mask = Any | Callable[[optax.Params], Any]
 """Which leaves decay: a prefix tree of bools, or a function of params giving one."""
 
 
-def decaying(mask: Mask | None, params: optax.Params) -> Any:
+def decaying(mask: Mask | None, params: optax.Params, name: str = "mask") -> Any:
     """A bool for each leaf of params, which are the parameters as the user has them."""
-    if mask is None:
-        mask = True
-    elif _arguments.is_function(mask):
-        mask = _arguments.check("mask", mask(params), _arguments.BOOLS)
-    return jax.tree.broadcast(mask, params)
+    mask = True if mask is None else mask
+    return _arguments.fitted(name, mask, params, _arguments.BOOLS)
 
 
 def add_decay(

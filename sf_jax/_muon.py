@@ -20,7 +20,7 @@ References:
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -30,8 +30,9 @@ import optax
 
 from sf_jax import _arguments, _averaging, _meshes
 from sf_jax._adamw import positive_eps
+from sf_jax._decay import decaying
 from sf_jax._moments import with_moment_dtype
-from sf_jax._normuon import matrices, normuon
+from sf_jax._normuon import dimension_numbers, matrices, normuon
 from sf_jax._schedule_free import ByWeight, over
 
 
@@ -226,16 +227,18 @@ def schedule_free_muon(
         _check_published(learning_rate, warmup_steps, b1)
         beta = beta.as_published(r + weight_lr_power)
     lr = _averaging.schedule(_averaging.scheduled(learning_rate, warmup_steps))
-    numbers = muon_weight_dimension_numbers
-    if callable(numbers) and not _arguments.is_function(numbers):
-        # optax would call a tree that is callable as a whole.
-        numbers = _always(numbers)
+    # As functions: optax would call a tree that is callable as a whole.
+    numbers, mask = muon_weight_dimension_numbers, weight_decay_mask
+    if numbers is not None:
+        numbers = functools.partial(dimension_numbers, numbers)
+    if mask is not None:
+        mask = functools.partial(decaying, mask, name="weight_decay_mask")
     options = {
         "nesterov": nesterov,
         "consistent_rms": consistent_rms,
         "muon_weight_dimension_numbers": numbers,
         "adam_learning_rate": adam_learning_rate,
-        "weight_decay_mask": weight_decay_mask,
+        "weight_decay_mask": mask,
         "ns_coeffs": ns_coeffs,
         "ns_steps": ns_steps,
         "adaptive": adaptive,
@@ -288,7 +291,3 @@ def _check_published(learning_rate: Any, warmup_steps: Any, b1: Any) -> None:
             f"learning rate: got warmup_steps={warmup_steps} and {learning_rate}. Pass "
             f"a number and warmup_steps={b1.steps}."
         )
-
-
-def _always(tree: Any) -> Callable[[Any], Any]:
-    return lambda params: tree

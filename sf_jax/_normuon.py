@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 
 from sf_jax._adamw import root
-from sf_jax._arguments import DIMENSIONS, check, is_dimension_numbers, is_function
+from sf_jax._arguments import DIMENSIONS, fitted, is_dimension_numbers
 from sf_jax._paths import unboxed
 
 
@@ -53,7 +53,7 @@ def normuon(
     """As ``optax.contrib.muon``, with :func:`_normalise_rows` after Newton-Schulz."""
 
     def dimensions(params: optax.Params) -> Any:
-        return _dimension_numbers(muon_weight_dimension_numbers, params)
+        return dimension_numbers(muon_weight_dimension_numbers, params)
 
     def labels(params: optax.Params) -> Any:
         return jax.tree.map(
@@ -126,7 +126,7 @@ def _normalise_rows(
 def matrices(given: Any, params: optax.Params) -> list[jax.Array]:
     """The leaves of params that Muon orthogonalises."""
     numbers = jax.tree.leaves(
-        _dimension_numbers(given, params), is_leaf=is_dimension_numbers
+        dimension_numbers(given, params), is_leaf=is_dimension_numbers
     )
     return [
         leaf
@@ -135,7 +135,7 @@ def matrices(given: Any, params: optax.Params) -> list[jax.Array]:
     ]
 
 
-def _dimension_numbers(given: Any, params: optax.Params) -> Any:
+def dimension_numbers(given: Any, params: optax.Params) -> Any:
     """optax's numbers for each leaf, None where it is no matrix.
 
     ``given`` is what ``optax.contrib.muon`` takes: None for all leaves of two axes, a
@@ -144,12 +144,8 @@ def _dimension_numbers(given: Any, params: optax.Params) -> Any:
     if given is None:
         matrix = optax.contrib.MuonDimensionNumbers()
         return jax.tree.map(lambda p: matrix if p.ndim == 2 else None, params)
-    name = "muon_weight_dimension_numbers"
-    return jax.tree.map(
-        lambda numbers, leaves: jax.tree.map(lambda _: numbers, leaves),
-        check(name, given(params), DIMENSIONS) if is_function(given) else given,
-        params,
-        is_leaf=is_dimension_numbers,
+    return fitted(
+        "muon_weight_dimension_numbers", given, params, DIMENSIONS, is_dimension_numbers
     )
 
 

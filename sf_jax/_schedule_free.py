@@ -171,9 +171,11 @@ def rule(
 
     def init(params: optax.Params) -> ScheduleFreeState:
         _checks.inexact_leaves(params)
+        if isinstance(average, _averaging.Exponential) and callable(average.mu_x):
+            _arguments.begins_within("mu_x", average.mu_x)
         keeps_x = store_x or needs_x
         if callable(beta):
-            _arguments.schedule_within(beta, 0.0 if keeps_x else LEAST_B1, 1.0)
+            _arguments.b1_within(beta, 0.0 if keeps_x else LEAST_B1, 1.0)
         z = jax.tree.map(lambda p: _copy(p, leaf_dtype(p, state_dtype)), params)
         x = jax.tree.map(
             lambda z, p: (

@@ -8,6 +8,7 @@ float64 with x stored.
 import functools
 import math
 import random
+import re
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -41,7 +42,8 @@ OTHERS = [
     *({"w": True, "b": False}, {"w": 1, "b": 0}, {"w": "yes", "b": "no"}),
     *(optax.sgd(0.5), optax.contrib.MuonDimensionNumbers()),
     *(lambda *_: 0.5, lambda *_: -1.0, lambda *_: None, lambda *_: "no"),
-    *(lambda *_: jnp.ones(3), lambda *_: True),
+    *(lambda *_: jnp.ones(3), lambda *_: True, lambda *_: 0.0),
+    *(jnp.complex64, 1e-60, np.float32(1e-38)),
 ]
 VALUES = [*NUMBERS, *ARRAYS, *OTHERS]
 
@@ -77,8 +79,18 @@ def run(name, options, dtype=jnp.float32, **more):
     return jax.tree.map(lambda leaf: np.asarray(leaf, float), trees)
 
 
-# Refused where init or update knows more: whether x is stored, which axes are mapped.
-SEEN_LATER = {("growing_b1", "b1"), ("schedule_free_plus", "axis_name")}
+# Refused where init or update knows more: whether x is stored, which axes are mapped,
+# of what structure params are.
+SEEN_LATER = {
+    *(("growing_b1", "b1"), ("schedule_free_plus", "axis_name")),
+    *(
+        (name, option)
+        for name in CHECKED
+        for option in CHECKED[name]
+        if "mask" in option
+    ),
+    ("schedule_free_muon", "muon_weight_dimension_numbers"),
+}
 
 
 def shown(value):
@@ -158,7 +170,8 @@ def test_an_argument_is_refused_by_name_or_works():
         for option in CHECKED[name]
         for value in accepted(name, option, rng.sample(VALUES, 25))
     ]
-    for case in rng.sample(taken, 4):
+    of_one = [case for case in taken if case[0] == "schedule_free_adamw"]
+    for case in rng.sample(of_one, 8):
         assert_works_or_names(*case)
 
 
@@ -217,6 +230,64 @@ def test_a_schedule_of_b1_that_comes_near_0_needs_x(b1):
     with pytest.raises(ValueError, match=r"β .*store_x=True"):
         sf_jax.schedule_free_sgd(0.1, b1=b1).init(jnp.ones(2))
     sf_jax.schedule_free_sgd(0.1, b1=b1, store_x=True).init(jnp.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [(n, o) for n in CHECKED for o, kind in CHECKED[n].items() if kind.read_returned],
+)
+@pytest.mark.parametrize(
+    "returned", [None, "no", True, 1j, jnp.ones(3), NAN, jnp.array(-INF), 1e31], ids=str
+)
+def test_a_schedule_is_refused_by_what_it_begins_with(name, option, returned):
+    tx = build(name, {option: lambda count: returned})
+    with pytest.raises(
+        (TypeError, ValueError), match=f"^{option} .*{re.escape(shown(returned))}"
+    ):
+        jax.eval_shape(tx.init, {"w": jnp.ones((2, 3)), "b": jnp.ones(2)})
+
+
+FUNCTIONS = [
+    ("schedule_free_sgd", "average"),
+    ("schedule_free", "lr_scale"),
+    ("schedule_free_sgd", "mask"),
+    ("schedule_free_muon", "weight_decay_mask"),
+    ("schedule_free_muon", "muon_weight_dimension_numbers"),
+]
+
+
+@pytest.mark.parametrize(("name", "option"), FUNCTIONS)
+@pytest.mark.parametrize("returned", [(), "no", 1j, jnp.ones(3), {"w": 1}], ids=str)
+def test_a_function_is_refused_by_what_it_returns(name, option, returned):
+    decay = {} if name == "schedule_free" else {"weight_decay": 0.1}
+    with pytest.raises((TypeError, ValueError), match=f"^{option} must "):
+        run(name, {option: lambda *_: returned, **decay})
+
+
+@pytest.mark.parametrize(("name", "option"), FUNCTIONS[2:])
+def test_a_tree_of_another_structure_is_refused(name, option):
+    with pytest.raises(ValueError, match=f"^{option} must have the structure"):
+        run(name, {option: (), "weight_decay": 0.1})
+
+
+@pytest.mark.parametrize("name", ["adamw", "plus", "muon", "prodigy", "radam", "sgd"])
+def test_traced_numbers_are_taken(name):
+    """As ``optax.inject_hyperparams`` gives them under jit."""
+    name = f"schedule_free_{name}"
+    tx = optax.inject_hyperparams(getattr(sf_jax, name))()
+    params, loss = {"w": jnp.ones((2, 3))}, {}
+    if name == "schedule_free_plus":
+        loss = {"value": jnp.array(1.0)}
+
+    def steps(params):
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(params, state, params, **loss)
+        return updates, state.hyperparams
+
+    updates, numbers = jax.eval_shape(steps, params)
+    assert updates["w"].shape == (2, 3)
+    assert {"learning_rate", "b1"} <= numbers.keys()
 
 
 @pytest.mark.parametrize("power", ["r", "weight_lr_power"])
