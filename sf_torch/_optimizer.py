@@ -200,6 +200,7 @@ class ScheduleFree(Iterates):
                     there = numbers.as_tensors(plan.leaves[0]["param"].device)
                     compiled.append((plan.leaves, list(map(local, grads)), there))
                 else:
+                    plan.prepare(grads)
                     planned.append((plan, numbers, grads))
             draft["b1"], draft["k"] = next_b1, draft["k"] + 1
             steps.append((group, draft, planned))

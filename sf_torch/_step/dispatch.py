@@ -68,8 +68,8 @@ class Plan:
         scratch: Scratch,
         places: Sequence[int],
     ) -> None:
-        self.params, self.kind = params, kind
-        self.leaves, self.scratch = leaves, scratch
+        self.params, self.kind, self.leaves = params, kind, leaves
+        self.way, self.scratch, self.places = way, scratch, places
         self._sums: Sums | None = None
         self.rows = tuple(leaves[0])
         # Mixed dtypes have other rows beside one another, and next_z is another tensor
@@ -78,13 +78,28 @@ class Plan:
             tuple(leaf) == self.rows for leaf in leaves
         )
         self.sharded = any(local(p) is not p for p in params)
-        grads = self._local(grads)
-        self.grad_kinds = _kinds(grads)
-        # A distributed tensor's local part may be an alias, which cannot be moved.
-        together = way.together and not self.sharded
-        self.executors = _executors(leaves, grads, way, together, scratch, places)
-        columns = [[leaf[r] for leaf in leaves] for r in self.rows if self.lasts]
+        self.grad_kinds = _kinds(self._local(grads))
+        self.executors: list[Executor] = []
+        self._look()
+
+    def _look(self) -> None:
+        """Remembers where the arrays lie."""
+        rows = self.rows if self.lasts else ()
+        columns = [[leaf[row] for leaf in self.leaves] for row in rows]
         self.addresses = [_addresses(column) for column in columns]
+
+    def prepare(self, grads: Tensors) -> None:
+        """Makes the executors, which may move state in memory. A compiler has its own.
+
+        Raises:
+          RuntimeError: the group asks for a way that its parameters cannot go.
+        """
+        if not self.executors:
+            # A distributed tensor's local part may be an alias, which cannot be moved.
+            way = self.way._replace(together=self.way.together and not self.sharded)
+            given = self._local(grads), way, self.scratch, self.places
+            self.executors = _executors(self.leaves, *given)
+            self._look()
 
     def _local(self, grads: Tensors) -> Tensors:
         return list(map(local, grads)) if self.sharded else grads
@@ -137,7 +152,6 @@ def _executors(
     leaves: Sequence[Leaf],
     grads: Tensors,
     way: Way,
-    together: bool,
     scratch: Scratch,
     places: Sequence[int],
 ) -> list[Executor]:
@@ -161,7 +175,7 @@ def _executors(
         i: leaf for i, leaf in rest.items() if same_layout([*leaf.values(), grads[i]])
     }
     plain = {i: leaf for i, leaf in rest.items() if i not in dense}
-    for batch in batches.batched(dense.items(), together):
+    for batch in batches.batched(dense.items(), way.together):
         if eager.takes(batch):
             found.append(Lists(batch, scratch))
         else:

@@ -77,6 +77,24 @@ def test_a_step_compiled_by_inductor_is_the_eager_step(name):
     assert_compiled_is_eager(name, "inductor")
 
 
+def test_a_step_is_compiled_after_eager_ones_and_before_others():
+    """Eager ones lay the state of small parameters in a row; compiled ones do not."""
+    results = []
+    for compiled in ((), (0, 1), (2, 3)):
+        torch.compiler.reset()
+        params = parameters([(10,), (), (3, 4), (5,)])
+        optimizer = build("AdamWScheduleFree", params)
+        take = torch.compile(optimizer.step, backend="aot_eager")
+        for k in range(5):
+            run(optimizer, params, [k], take if k in compiled else None)
+            z = [optimizer.state[p]["z"].untyped_storage().data_ptr() for p in params]
+            has_been_eager = any(j not in compiled for j in range(k + 1))
+            assert (len(set(z)) == 1) == has_been_eager
+        results.append(iterates(optimizer, params))
+    for result in results[1:]:
+        assert_same_iterates(result, results[0], TOLERANCE)
+
+
 def refuses(graph, inputs):
     raise NotImplementedError("a compiler that compiles nothing")
 
