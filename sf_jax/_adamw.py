@@ -32,6 +32,7 @@ References:
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -52,6 +53,7 @@ from sf_jax._schedule_free import (
     of_count,
     rule,
     widen,
+    zeros_of,
 )
 
 ALGOPERF = ("algoperf", "algoperf_v2")
@@ -73,10 +75,10 @@ def init_moments(
     moment_dtype: jax.typing.DTypeLike | None,
 ) -> AdamWState:
     def first(z: jax.Array) -> jax.Array:
-        return jnp.zeros_like(z, leaf_dtype(z, moment_dtype))
+        return zeros_of(z, leaf_dtype(z, moment_dtype))
 
     def second(z: jax.Array) -> jax.Array:
-        return jnp.zeros_like(z, jnp.finfo(leaf_dtype(z, moment_dtype)).dtype)
+        return zeros_of(z, jnp.finfo(leaf_dtype(z, moment_dtype)).dtype)
 
     return AdamWState(
         nu=jax.tree.map(second, z),
@@ -176,6 +178,8 @@ def rounded_to(value: jax.Array, narrow: jax.Array) -> jax.Array:
     return jax.lax.reduce_precision(value, info.nexp, info.nmant)
 
 
+# Compiled, so that it is traced once for all leaves of one shape.
+@partial(jax.jit, inline=True)
 def root(v: jax.Array) -> jax.Array:
     """``sqrt(v)``, differentiable where v is 0.
 

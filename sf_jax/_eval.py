@@ -25,6 +25,7 @@ from sf_jax import _memory, _paths
 from sf_jax._paths import ROOT, Path, show
 from sf_jax._schedule_free import (
     ScheduleFreeState,
+    as_array,
     leaf_dtype,
     recover_x,
     recover_y,
@@ -366,14 +367,9 @@ def _owned_leaves(found: _Found) -> dict[Path, _Owned]:
     b1 = _memory.on_device(jnp.asarray(_scalar(state.b1)))
     way = recovery(b1) if stored.keys() != z.keys() else None
     return {
-        path: _Owned(_array(leaf), stored.get(path), b1, way)
+        path: _Owned(as_array(leaf), stored.get(path), b1, way)
         for path, leaf in z.items()
     }
-
-
-def _array(leaf: Any) -> jax.Array:
-    """A leaf that was restored as NumPy's, in a dtype that JAX has now."""
-    return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
 
 
 def _take_in(owned: dict[Path, _Owned], path: Path, leaf: _Owned) -> None:

@@ -10,6 +10,7 @@ keys, and boxes in it are dicts. Such leaves are matched by *name*, the path in 
 """
 
 from collections.abc import Callable, Collection, Mapping
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -85,7 +86,8 @@ def pair(mine: Collection[Path], theirs: Collection[Path], plain: bool) -> dict:
     Raises:
       ValueError: two leaves of theirs, or of mine, have the name that is looked for.
     """
-    if not plain and all(path in theirs for path in mine):
+    known = set(theirs)
+    if not plain and all(path in known for path in mine):
         return {path: path for path in mine}
     by_name: dict[Path, list[Path]] = {}
     for path in theirs:
@@ -142,7 +144,13 @@ def _key(entry: Any) -> Any:
 
 
 def _is_box(node: Any) -> bool:
+    kind: Any = type(node)
+    return _boxes(kind)
+
+
+@lru_cache(maxsize=1024)  # of classes, which are few and asked about for every leaf
+def _boxes(kind: type) -> bool:
     return any(
-        kind.__name__ in _BOXES and kind.__module__.split(".")[0] == "flax"
-        for kind in type(node).__mro__
+        base.__name__ in _BOXES and base.__module__.split(".")[0] == "flax"
+        for base in kind.__mro__
     )

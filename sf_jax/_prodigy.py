@@ -38,6 +38,7 @@ from sf_jax._moments import with_moment_dtype
 from sf_jax._schedule_free import (
     Base,
     Iterates,
+    beside_z,
     like,
     of_count,
     over,
@@ -313,4 +314,5 @@ def _algoperf_base(
             at_x = jax.tree.map(widen, iterates.x)
         return move(grads, state, (at_z, at_x, lr))
 
-    return Base(transformation.init, base_update, lambda state: state.estim_lr)
+    init_beside_z = beside_z(transformation.init)
+    return Base(init_beside_z, base_update, lambda state: state.estim_lr)

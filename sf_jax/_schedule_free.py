@@ -36,10 +36,11 @@ References:
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sf_jax import _arguments, _averaging, _checks, _double, _memory, _meshes
@@ -108,7 +109,7 @@ class Iterates:
 class Base(NamedTuple):
     """How z moves."""
 
-    # z, at least in float32 -> state
+    # z -> state, each leaf of which lies where its leaf of z lies
     init: Callable[[optax.Params], optax.OptState]
     # (grads, state, iterates, count, lr, extra_args) -> (u, state); u contains -lr
     update: Callable[
@@ -200,7 +201,7 @@ def rule(
             lr_max=zero.copy(),
             z=z,
             x=x,
-            base_state=_placed_like(z, base.init(_widened(_on_device(z)))),
+            base_state=base.init(z),
             step_size_state=step_size.init(z),
         )
 
@@ -222,7 +223,7 @@ def rule(
         y = jax.tree.map(
             # The parameter is y itself, or a rounded copy of it.
             lambda z, p, x: (
-                recover_y(x, z, state.b1) if _is_master(z, p) else jnp.asarray(p)
+                recover_y(x, z, state.b1) if _is_master(z, p) else as_array(p)
             ),
             state.z,
             params,
@@ -489,7 +490,7 @@ def over(
         return base_update(grads, state, params, **extra_args)
 
     return rule(
-        Base(init, update, lr_scale),
+        Base(beside_z(init), update, lr_scale),
         of_count(_averaging.scheduled(learning_rate)),
         _averaging.polynomial_mean(r, weight_lr_power),
         b1,
@@ -529,11 +530,21 @@ def widen(leaf: jax.Array) -> jax.Array:
     return as_dtype(leaf, leaf_dtype(leaf))
 
 
-def as_dtype(array: jax.typing.ArrayLike, dtype: jax.typing.DTypeLike) -> jax.Array:
+def as_array(leaf: Any) -> jax.Array:
     """``jnp.asarray``, which takes its time even where there is nothing to do."""
-    if isinstance(array, jax.Array) and array.dtype == dtype and not array.weak_type:
-        return array
-    return jnp.asarray(array, dtype)
+    return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+
+
+def as_dtype(array: jax.typing.ArrayLike, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """``jnp.asarray`` with a dtype, as :func:`as_array`."""
+    return array if _has_dtype(array, dtype) else jnp.asarray(array, dtype)
+
+
+def _has_dtype(
+    array: jax.typing.ArrayLike, dtype: jax.typing.DTypeLike
+) -> TypeGuard[jax.Array]:
+    """Whether it is a JAX array of this dtype, and not of a weak type."""
+    return isinstance(array, jax.Array) and array.dtype == dtype and not array.weak_type
 
 
 def _one_more(count: jax.Array) -> jax.Array:
@@ -566,7 +577,7 @@ def leaf_dtype(
 
     Complex for complex leaves and real for real ones, whichever of them dtype is.
     """
-    own = leaf.dtype if isinstance(leaf, jax.Array) else jnp.result_type(leaf)
+    own = _checks.dtype_of(leaf)
     if dtype is None:
         # Not by promotion, which float8 and strict modes have none of.
         return own if jnp.finfo(own).bits >= 32 else jnp.dtype(jnp.float32)
@@ -575,9 +586,16 @@ def leaf_dtype(
     return jnp.promote_types(real, jnp.complex64) if is_complex else real
 
 
-def like(scalar: jax.typing.ArrayLike, leaf: jax.Array) -> jax.Array:
-    """The scalar in the leaf's real dtype; float64 scalars must not promote leaves."""
-    return as_dtype(scalar, jnp.finfo(leaf.dtype).dtype)
+def like(scalar: jax.typing.ArrayLike, leaf: jax.Array) -> Any:
+    """The scalar in the leaf's real dtype; float64 scalars must not promote leaves.
+
+    An array of JAX's, or of NumPy's where the scalar is a number of Python.
+    """
+    dtype = jnp.finfo(leaf.dtype).dtype
+    # A number needs no operation then, which every leaf would trace anew.
+    if _arguments.is_number(scalar):
+        return np.asarray(scalar, dtype)
+    return as_dtype(scalar, dtype)
 
 
 def downhill(direction: optax.Updates, lr: jax.Array) -> optax.Updates:
@@ -608,18 +626,37 @@ def _widened(tree: optax.Params) -> optax.Params:
     return jax.tree.map(widen, tree)
 
 
-def _on_device(tree: optax.Params) -> optax.Params:
-    return jax.tree.map(_memory.on_device, tree)
+def zeros_of(z: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Zeros in the shape of a leaf, which lie where the leaf lies."""
+    return _memory.beside(_zeros(_memory.on_device(z), jnp.dtype(dtype)), z)
+
+
+# Compiled, so that outside of jit a leaf is one call and not one for each operation.
+@partial(jax.jit, inline=True, static_argnums=1)
+def _zeros(z: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """0 for each element of z, computed of z: no number is less than itself.
+
+    Plain zeros depend on nothing, so under jit the compiler gives every device all of
+    them, although a device has but a part of z. The compiler does not know that the
+    comparison is always false. (jax.experimental.shard_alike is made for this, but in
+    JAX 0.10 it places all leaves of one shape alike.)
+    """
+    z = z.real if jnp.iscomplexobj(z) else z
+    return jax.lax.lt(z, z).astype(dtype)
+
+
+def beside_z(
+    init: Callable[[optax.Params], optax.OptState],
+) -> Callable[[optax.Params], optax.OptState]:
+    """An optax ``init`` as a :class:`Base` has it.
+
+    It sees z in the device's memory and at least in float32, and each leaf of its state
+    goes where the leaf of z lies that it is named after.
+    """
+    return lambda z: _placed_like(z, init(_widened(jax.tree.map(_memory.on_device, z))))
 
 
 def _placed_like(z: optax.Params, state: optax.OptState) -> optax.OptState:
-    """Under jit: the moments of a leaf lie where the leaf lies.
-
-    Zeros depend on nothing, so the compiler would give every device all of them.
-    Here they depend on the leaf in a way that the compiler cannot see through.
-    (jax.experimental.shard_alike is made for this, but in JAX 0.10 it places all leaves
-    of one shape alike.) Outside jit ``zeros_like`` takes care of it.
-    """
     by_path = dict(jax.tree.leaves_with_path(z))
 
     def place(path: tuple[Any, ...], leaf: Any) -> Any:
@@ -637,11 +674,11 @@ def _placed_like(z: optax.Params, state: optax.OptState) -> optax.OptState:
 # Compiled, so that it is traced once for all leaves of one shape.
 @jax.jit
 def _plus_nothing(param: jax.Array, leaf: jax.Array) -> jax.Array:
-    """The same leaf, as a sum of which a part depends on param."""
-    nothing = jax.lax.optimization_barrier(jnp.abs(param)) < 0
+    """The same leaf, as a sum of which a part is computed of param."""
     # Means of rows have size 1 where the leaf has more.
     summed = tuple(axis for axis, size in enumerate(leaf.shape) if size == 1)
-    return leaf + jnp.any(nothing, axis=summed, keepdims=True).astype(leaf.dtype)
+    nothing = jnp.any(_zeros(param, jnp.bool), axis=summed, keepdims=True)
+    return leaf + nothing.astype(leaf.dtype)
 
 
 def _covers(shape: tuple[int, ...], part: tuple[int, ...]) -> bool:
@@ -654,9 +691,9 @@ def _covers(shape: tuple[int, ...], part: tuple[int, ...]) -> bool:
 
 def _is_master(z: jax.Array, param: jax.Array) -> bool:
     """Whether z is wider than the parameter, which is then a rounded copy of y."""
-    return jnp.finfo(jnp.result_type(param)).bits < jnp.finfo(z.dtype).bits
+    return jnp.finfo(_checks.dtype_of(param)).bits < jnp.finfo(z.dtype).bits
 
 
 def _copy(leaf: jax.typing.ArrayLike, dtype: jax.typing.DTypeLike) -> jax.Array:
     # Copied, because donating the params would otherwise free the state's buffer.
-    return jnp.array(leaf, dtype, copy=True)
+    return leaf.copy() if _has_dtype(leaf, dtype) else jnp.array(leaf, dtype, copy=True)
