@@ -175,7 +175,7 @@ class ScheduleFree(Iterates):
         former = self.__dict__.get("_plans", {})
         self._plans: dict[Any, Plan] = {}
         drafts = [dict(group) for group in self.param_groups]
-        parts = [self._planned(group, former) for group in self.param_groups]
+        parts = [self._planned(group, former, compiles) for group in self.param_groups]
         self._measure(loss, drafts, parts)
         steps, compiled = [], []
         for group, draft, mine in zip(self.param_groups, drafts, parts, strict=True):
@@ -225,7 +225,9 @@ class ScheduleFree(Iterates):
                     self._stay(p, group, draft)
                 enter_counters(group, draft, self._skip)
 
-    def _planned(self, group: Group, former: dict[Any, Plan]) -> list[Part]:
+    def _planned(
+        self, group: Group, former: dict[Any, Plan], compiles: bool
+    ) -> list[Part]:
         """The parameters of a group that have gradients, with plans of their step."""
         way, planned = self._way(group), []
         for missed, params in self._parts(group):
@@ -234,6 +236,8 @@ class ScheduleFree(Iterates):
             plan = self._plan(former.get(key), group, way, params, grads)
             if plan.lasts:
                 self._plans[key] = plan
+            if not compiles:
+                plan.prepare(grads)
             planned.append((missed, plan, grads))
         return planned
 

@@ -17,7 +17,6 @@ from sf_torch._step.eager import Lists, Scratch, Tensors
 from sf_torch._step.formula import Plain
 from sf_torch._step.fused import Kernel
 from sf_torch._step.numbers import Numbers
-from sf_torch._step.sums import Sums
 
 Executor = Kernel | Lists | Plain
 
@@ -70,7 +69,6 @@ class Plan:
     ) -> None:
         self.params, self.kind, self.leaves = params, kind, leaves
         self.way, self.scratch, self.places = way, scratch, places
-        self._sums: Sums | None = None
         self.rows = tuple(leaves[0])
         # Mixed dtypes have other rows beside one another, and next_z is another tensor
         # at every step: such parameters are looked at anew.
@@ -136,11 +134,16 @@ class Plan:
     def sums(
         self, grads: Tensors, beta: float, b1: float, squares: bool
     ) -> list[tuple[Any, Tensor]]:
-        """Rows of sums over all parameters; :meth:`Sums.rows` describes them."""
+        """Rows of :func:`formula.sums`, which add up to those over all parameters.
+
+        Returns:
+          Each with its place: a device, or the mesh and the placements of distributed
+          parameters, of which this is the process's own part.
+        """
         grads = self._local(grads)
-        if self._sums is None:
-            self._sums = Sums(self.params, grads, self.leaves, self.scratch)
-        return self._sums.rows(grads, beta, b1, squares)
+        executors = self.executors or [Plain(dict(enumerate(self.leaves)))]
+        rows = [e.sums(grads, beta, b1, squares) for e in executors]
+        return [(_place(self.params[i]), row) for each in rows for i, row in each]
 
     def captured(self) -> list[Any]:
         """The launches that a CUDA graph reads, if one is being made of the step."""
@@ -183,6 +186,11 @@ def _executors(
     if plain:
         found.append(Plain(plain))
     return found
+
+
+def _place(p: Tensor) -> Any:
+    mesh = getattr(p, "device_mesh", None)
+    return p.device if mesh is None else (mesh, getattr(p, "placements", ()))
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:

@@ -40,6 +40,15 @@ class Plain:
                 rounding = Rounding(self.seed, self.places[i], n.step)
             step(leaf, grads[i], n, rounding)
 
+    def sums(
+        self, grads: Sequence[Tensor], beta: float, b1: float, squares: bool
+    ) -> list[tuple[int, Tensor]]:
+        """The sums of each parameter, with its number."""
+        return [
+            (i, sums(leaf, grads[i], beta, b1, squares))
+            for i, leaf in self.leaves.items()
+        ]
+
 
 def step(
     leaf: Leaf, grad: Tensor, n: Numbers, rounding: Rounding | None = None
@@ -88,6 +97,25 @@ def step(
     param.copy_(_rounded(leaf, "param", next_y, rounding))
     if "y" in leaf:
         leaf["y"].copy_(_rounded(leaf, "y", next_y, rounding))
+
+
+def sums(leaf: Leaf, grad: Tensor, beta: float, b1: float, squares: bool) -> Tensor:
+    """``Σ β g·(z - x)``, ``Σ|g|`` and, if asked for, ``Σ|g|²`` of one parameter.
+
+    Args:
+      leaf: the arrays.
+      grad: the gradient at y.
+      beta: β of the step.
+      b1: β of the present y.
+      squares: whether the third is asked for.
+    """
+    dtype = arithmetic_dtype(leaf)
+    g, z = grad.to(dtype), leaf["z"].to(dtype)
+    # Where x is not stored: z - y = b1 (z - x).
+    way = z - (leaf["x"] if "x" in leaf else leaf["param"])
+    inner = (beta if "x" in leaf else beta / b1) * (g.conj() * way).real.sum()
+    size = g.abs()
+    return torch.stack([inner, size.sum(), *([size.square().sum()] if squares else [])])
 
 
 def _rounded(leaf: Leaf, row: str, value: Tensor, rounding: Rounding | None) -> Tensor:

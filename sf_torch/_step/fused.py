@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sf_torch._step.batches import Leaf, same_device, same_layout
+from sf_torch._step.formula import Plain
 from sf_torch._step.launch import ROWS, Launch, is_capturing, launches_over
 from sf_torch._step.numbers import Numbers
 
@@ -122,6 +123,11 @@ class Kernel:
                 DECAY_AT=n.decay_at,
                 DECAY_MOVES_X=n.decay_moves_x,
             )
+
+    def sums(
+        self, grads: Sequence[Tensor], beta: float, b1: float, squares: bool
+    ) -> list[tuple[int, Tensor]]:
+        return Plain(self.leaves).sums(grads, beta, b1, squares)
 
     def captured(self) -> list[Launch]:
         """Its launches as they are, if a CUDA graph is being made of them."""
