@@ -245,9 +245,11 @@ class AdamWScheduleFreeAlgoPerf(AdamWScheduleFree):
 
         v = R(R(b_2 v) + (1 - b_2) g^2)
 
-    and the denominator is :math:`R(R(\sqrt v) + \epsilon)`. This is another trajectory
-    than a float32 v has. Only the plain formula takes it, on GPUs too: one parameter at
-    a time, and not compiled.
+    and the denominator is :math:`R(R(\sqrt v) + \epsilon)`, with an :math:`\epsilon` of
+    at least the root of the smallest normal number of ``moment_dtype``: 0.0078 in
+    float16, where the entry's rounds to 0. This is another trajectory than a float32 v
+    has. Only the plain formula takes it, on GPUs too: one parameter at a time, and not
+    compiled.
 
     Examples:
       >>> import torch, sf_torch

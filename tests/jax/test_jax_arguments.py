@@ -110,7 +110,8 @@ def refusal(call):
 
 
 def names_it(message, option, value):
-    return option in message and (shown(value) in message or str(value) in message)
+    quotes = shown(value) in message or str(value) in message
+    return quotes and re.search(rf"\b{option}\b", message)
 
 
 def assert_works(name, option, value):
@@ -159,7 +160,8 @@ def assert_works_or_names(name, option, value):
     if isinstance(value, type):  # which is called with what it cannot take
         return
     message = refusal(functools.partial(assert_works, name, option, value))
-    assert message is None or option in message, f"{name}: {message}"
+    if message is not None:
+        assert re.search(rf"\b{option}\b", message), f"{name}: {message}"
 
 
 def test_an_argument_is_refused_by_name_or_works():
@@ -170,7 +172,7 @@ def test_an_argument_is_refused_by_name_or_works():
         for option in CHECKED[name]
         for value in accepted(name, option, rng.sample(VALUES, 25))
     ]
-    of_one = [case for case in taken if case[0] == "schedule_free_adamw"]
+    of_one = [case for case in taken if case[0] == "schedule_free_sgd"]
     for case in rng.sample(of_one, 8):
         assert_works_or_names(*case)
 
@@ -181,7 +183,9 @@ def test_every_value_of_an_argument_is_refused_by_name_or_works(name):
     for option in CHECKED[name]:
         taken = accepted(name, option, VALUES)
         assert 0 < len(taken) < len(VALUES), f"{option}: {taken}"
-        for value in random.Random(option).sample(taken, min(4, len(taken))):
+        if name == "schedule_free_muon":  # of which each is compiled anew
+            taken = random.Random(option).sample(taken, min(4, len(taken)))
+        for value in taken:
             assert_works_or_names(name, option, value)
 
 
@@ -314,3 +318,15 @@ def test_the_page_has_every_argument_and_its_range():
     section = page.read_text().partition("## JAX\n")[2].partition("## ")[0]
     table = "\n".join(rows)
     assert table in section, f"write this into {page}:\n{table}"
+
+
+def test_the_page_says_how_many_cases_there_are():
+    of_one = list(map(len, CHECKED.values()))
+    returning = sum(bool(k.read_returned) for o in CHECKED.values() for k in o.values())
+    page = Path(sf_jax.__file__).parents[1] / "docs" / "reliability.md"
+    expected = (
+        f"{sum(of_one) * len(VALUES):,} in JAX ({len(of_one)} functions, "
+        f"{sum(of_one)} arguments, {len(VALUES)} values)"
+    )
+    assert expected in " ".join(page.read_text().split())
+    assert f"{returning} that may be schedules" in " ".join(page.read_text().split())

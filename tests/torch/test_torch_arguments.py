@@ -9,6 +9,7 @@ import functools
 import inspect
 import math
 import random
+import re
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -24,7 +25,7 @@ from sf_torch.bases import Muon
 
 NAN, INF = float("nan"), float("inf")
 NUMBERS = [
-    *(NAN, INF, -INF, -1, -1e-9, -0.5, 0, 0.0, 1e-300, 1e-30, 1e-3, 0.25, 0.5),
+    *(NAN, INF, -INF, -1, -1e-9, -0.5, 0, 0.0, 1e-300, 1e-60, 1e-30, 1e-3, 0.25, 0.5),
     *(1 - 2**-53, 1, 1.0, 1.5, 2, 2.5, 3, 100.0, 1e12, 1e31, 1e300, 10**12),
     *(10**400, 10**5000, -(10**400), 2**31, 2**32, 2**64, Fraction(1, 2)),
     *(np.float32(0.5), np.float64(0.5), np.float64("nan"), np.float16(2), np.int64(3)),
@@ -38,22 +39,16 @@ PAIRS = [
     *((), (0.9,), (0.5, 0.5), [0.5, 0.9], (0.5, 1.0), (1.0, 0.5), (0.0, 0.0)),
     *((NAN, 0.9), (0.9, NAN), ("0.9", 0.9), (None, 0.9), (True, 0.9), (0.5, INF)),
     *((-0.1, 0.9), (0.9, -0.1), (1e-30, 0.9), (np.float32(0.5), np.float64(0.5))),
+    *((sf_torch.growing_b1(0.0, 2), 0.9), (sf_torch.growing_b1(0.5, 2), 0.9)),
     *((1, 2, 3), (0.5, 0.5, 0.5), (3.4445, -4.775, 2.0315), (1e30, 1e30, 1e30)),
 ]
 OTHERS = [
     *(None, True, False, np.bool_(True), "", "no", "0.5", "y", "z", "x", "w", "nan"),
-    *(
-        "nearest",
-        "stochastic",
-        "standard",
-        "original",
-        "match_rms_adamw",
-        "float32",
-        b"y",
-    ),
+    *("nearest", "stochastic", "standard", "original", "match_rms_adamw", "float32"),
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8),
-    *(torch.float8_e4m3fn, torch.complex64, np.float32, float, int, 1j),
-    *(Decimal("0.5"), {}, set(), object(), len, lambda k: 0.5, torch.nn.Linear),
+    *(torch.float8_e4m3fn, torch.complex64, np.float32, float, int, 1j, b"y"),
+    *(Decimal("0.5"), {}, set(), object(), len, torch.nn.Linear),
+    *(lambda k: 0.5, lambda k: NAN, lambda k: None, sf_torch.growing_b1(0.0, 2)),
 ]
 VALUES = [*NUMBERS, *TENSORS, *PAIRS, *OTHERS]
 
@@ -131,7 +126,8 @@ def shown(value):
 
 
 def names_it(message, option, value):
-    return option in message and (shown(value) in message or str(value) in message)
+    quotes = shown(value) in message or str(value) in message
+    return quotes and re.search(rf"\b{option}\b", message)
 
 
 def is_plain(value):
@@ -271,6 +267,25 @@ def test_options_of_the_wrapper_that_were_once_accepted_are_refused():
             sf_torch.ProdigyScheduleFree(start(), estim_lr0=value)
 
 
+def test_a_loss_floor_is_refused_by_name_at_the_step_where_it_is_none():
+    def floor(k):
+        return NAN if k else 0.0
+
+    params = start()
+    optimizer = sf_torch.AdamCScheduleFreePlus(params, loss_floor=floor)
+    for step in range(2):
+        before = [p.detach().clone() for p in params]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        if step:
+            with pytest.raises(ValueError, match=r"^loss_floor must be .*got nan"):
+                optimizer.step(lambda: 1.0)
+            assert all(map(torch.equal, params, before))
+        else:
+            optimizer.train()
+            optimizer.step(lambda: 1.0)
+
+
 def test_numbers_of_numpy_become_pythons_in_groups():
     params = start()
     groups = [{"params": [p], "lr": np.float32(0.5)} for p in params]
@@ -292,6 +307,15 @@ def test_weights_that_fall_without_end_leave_a_sum_that_can_be_saved():
     optimizer, _ = run("SGDScheduleFree", lr=0.5, r=-1e12)
     assert 0 < optimizer.param_groups[0]["weight_sum"] < INF
     optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_the_page_says_how_many_cases_there_are():
+    page = Path(sf_torch.__file__).parents[1] / "docs" / "reliability.md"
+    expected = (
+        f"{len(CASES) * len(VALUES):,} cases in PyTorch ({len(CLASSES)} classes, "
+        f"{len(CASES)} arguments, {len(VALUES)} values)"
+    )
+    assert expected in " ".join(page.read_text().split())
 
 
 def test_the_page_has_every_argument_and_its_range():

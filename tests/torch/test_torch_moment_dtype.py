@@ -55,6 +55,19 @@ def test_moment_dtype_narrows_the_moments_alone(build):
     assert all(state[key].dtype == torch.bfloat16 for key in keys)
 
 
+@pytest.mark.parametrize("name", ["AlgoPerf", "AlgoPerfV2"])
+def test_a_float16_v_waits_gradients_of_0_out(name):
+    """1e-8, the eps of the entry, is 0 in float16, and 0 / 0 is NaN."""
+    p = torch.nn.Parameter(torch.ones(4))
+    make = getattr(sf_torch, f"AdamWScheduleFree{name}")
+    optimizer = make([p], lr=LR, moment_dtype=torch.float16)
+    optimizer.train()
+    for gradient in (0.0, 1e-5):  # whose square is 0 too
+        p.grad = torch.full_like(p, gradient)
+        optimizer.step()
+        assert ((p > 1 - LR) & (p <= 1)).all()
+
+
 def test_by_default_moments_are_as_wide_as_the_parameters():
     for param, moment in (
         (torch.float64, torch.float64),
