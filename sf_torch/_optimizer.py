@@ -157,27 +157,33 @@ class ScheduleFree(Iterates):
 
     def _advance(self, loss: Any, closure: Callable[[], Any] | None) -> None:
         compiles = torch.compiler.is_compiling()
-        steps, compiled = self._prepare(loss, compiles)
+        compiled = self._prepare(loss, compiles)
         if compiles:
-            for leaves, grads, numbers in compiled:
+            for leaves, grads, packed, kind in compiled:
+                numbers = kind.unpacked(packed)
                 for leaf, grad in zip(leaves, grads, strict=True):
                     formula.step(leaf, grad, numbers)
-        self._finish(steps)
+        self._finish()
+
+    # For each group its draft and (plan, numbers, gradients) of its parameters. Kept
+    # here between the two methods: compiled code looks at all that it is handed, at
+    # every step.
+    _steps: list[tuple[Group, Group, list[Any]]]
 
     @torch.compiler.disable
-    def _prepare(self, loss: Any, compiles: bool) -> tuple[list[Any], list[Any]]:
+    def _prepare(self, loss: Any, compiles: bool) -> list[Any]:
         """Looks at all that a step takes, before anything moves.
 
         Returns:
-          For each group its draft and (plan, numbers, gradients) of its parameters;
-          and (leaves, gradients, numbers) of those that a compiler is to have.
+          For those parameters that a compiler is to have: their leaves and gradients,
+          and their numbers, packed, with those that do not change.
         """
         former = self.__dict__.get("_plans", {})
         self._plans: dict[Any, Plan] = {}
         drafts = [dict(group) for group in self.param_groups]
         parts = [self._planned(group, former, compiles) for group in self.param_groups]
         self._measure(loss, drafts, parts)
-        steps, compiled = [], []
+        self._steps, compiled = [], []
         for group, draft, mine in zip(self.param_groups, drafts, parts, strict=True):
             way = self._way(group)
             if way.captures:
@@ -197,23 +203,27 @@ class ScheduleFree(Iterates):
                 # in place would not be: compilers leave out such pairs of conversions.
                 eager = way.fuses or way.seed is not None or numbers.v_in_place
                 if compiles and not eager:
-                    there = numbers.as_tensors(plan.leaves[0]["param"].device)
-                    compiled.append((plan.leaves, list(map(local, grads)), there))
+                    packed = numbers.as_tensor(plan.leaves[0]["param"].device)
+                    kind = numbers.kind()
+                    compiled.append(
+                        (plan.leaves, list(map(local, grads)), packed, kind)
+                    )
                 else:
                     plan.prepare(grads)
                     planned.append((plan, numbers, grads))
             draft["b1"], draft["k"] = next_b1, draft["k"] + 1
-            steps.append((group, draft, planned))
+            self._steps.append((group, draft, planned))
         if compiled:  # which moves before _finish does
             self._spoiled = COMPILED
-        return steps, compiled
+        return compiled
 
     def _measure(self, loss: Any, drafts: list[Group], parts: list[list[Part]]) -> None:
         """Enters into the drafts what the step takes from all groups together."""
 
     @torch.compiler.disable
-    def _finish(self, steps: list[Any]) -> None:
+    def _finish(self) -> None:
         """Moves what no compiler has moved, and makes the drafts the groups' own."""
+        steps, self._steps = self._steps, []
         with self._moving():
             for group, draft, planned in steps:
                 for plan, numbers, grads in planned:

@@ -180,17 +180,17 @@ class MuonScheduleFree(ScheduleFreeWrapper):
         next_b1 = beta.of_weight(group["k"], ckp1, power)
         return next_b1, next_b1
 
-    def _finish(self, steps: list[Any]) -> None:
+    def _finish(self) -> None:
         beta = self.momentum
         if isinstance(beta, Growing) and beta.by_weight:
-            for group, draft, _ in steps:
+            for group, draft, _ in self._steps:
                 share = group["b1"] / draft["b1"]
                 moved = self._moved(group, group["params"])
                 for _, state in moved if share != 1 else ():
                     if "x" in state:
                         state["x"].lerp_(state["z"], 1 - share)
                 group["b1"] = draft["b1"]
-        super()._finish(steps)
+        super()._finish()
 
     def add_param_group(self, param_group: Group) -> None:
         """Refuses groups that come after the optimizer has been built.

@@ -296,7 +296,7 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
             group["capturable"] = False
 
     @torch.compiler.disable
-    def _prepare(self, loss: Any, compiles: bool) -> tuple[list[Any], list[Any]]:
+    def _prepare(self, loss: Any, compiles: bool) -> list[Any]:
         loss = self._told.get("loss", loss)
         if loss is None:
             raise TypeError(

@@ -94,11 +94,16 @@ class Numbers(NamedTuple):
             ]
         )
 
-    def as_tensors(self, device: torch.device) -> "Numbers":
-        """The same with tensors for numbers: torch.compile then takes other values
-        without compiling anew."""
-        values: Any = zip(NAMES, self.as_tensor(device).unbind(), strict=True)
-        return self._replace(**dict(values), k=0)
+    def kind(self) -> "Numbers":
+        """The same without those of :data:`NAMES` and k: what a kernel is made for."""
+        nothing: Any = dict.fromkeys(NAMES, 0.0)
+        return self._replace(**nothing, k=0)
+
+    def unpacked(self, packed: Tensor) -> "Numbers":
+        """The same with the numbers that :meth:`as_tensor` has packed, as tensors:
+        torch.compile then takes other values without compiling anew."""
+        values: Any = dict(zip(NAMES, packed.unbind(), strict=True))
+        return self._replace(**values)
 
     def in_dtype(self, dtype: torch.dtype) -> "Numbers":
         """The same with its tensors in ``dtype``: PyTorch promotes a parameter of shape
