@@ -20,6 +20,7 @@ x
 """
 
 import argparse
+import gc
 import os
 import statistics
 import time
@@ -51,8 +52,8 @@ EVALUATE: dict[str, Callable[[Any, Any], Any]] = {
 }
 COLUMNS = ("compile", "call", "init traced", "init", "x")
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
-CALLS = 15  # in each round, of what takes milliseconds
-EAGER = 5  # in each round, of what runs outside of jit
+CALLS = 15  # in each round, of a compiled step
+REPETITIONS = 5  # in each round, of all else but compiling
 
 
 class Run(NamedTuple):
@@ -70,6 +71,7 @@ Times = dict[tuple[str, str, str], list[float]]  # of (optimizer, column, clock)
 def timed(
     times: Times, name: str, column: str, fn: Callable[..., Any], *args: Any
 ) -> Any:
+    gc.collect()  # of what others left behind
     starts = [clock() for clock in CLOCKS.values()]
     result = jax.block_until_ready(fn(*args))
     for (label, clock), start in zip(CLOCKS.items(), starts, strict=True):
@@ -85,7 +87,6 @@ def tree(leaves: int) -> Any:
 
 
 def compiled(times: Times, name: str, leaves: int) -> Run:
-    """Measures what has to start with no trace and no compiled operation."""
     tx, params = OPTIMIZERS[name](), tree(leaves)
     state = tx.init(params)
 
@@ -99,8 +100,6 @@ def compiled(times: Times, name: str, leaves: int) -> Run:
 
     jax.clear_caches()
     executable = timed(times, name, "compile", lambda: (compile_it(),))[0]
-    jax.clear_caches()
-    timed(times, name, "init traced", jax.eval_shape, tx.init, params)
     return Run(tx, params, state, executable)
 
 
@@ -111,8 +110,15 @@ def measure(leaves: int, rounds: int) -> Times:
         names = list(OPTIMIZERS)
         names = names[turn % len(names) :] + names[: turn % len(names)]
         runs = {name: compiled(times, name, leaves) for name in names}
+        for _ in range(REPETITIONS):
+            for name, run in runs.items():
+                jax.clear_caches()
+                timed(
+                    times, name, "init traced", jax.eval_shape, run.tx.init, run.params
+                )
+        # What is timed first compiles operations, or finds the memory cold.
         ignored: Times = {}
-        for repetition in range(1 + EAGER):
+        for repetition in range(1 + REPETITIONS):
             kept = times if repetition else ignored
             for name, run in runs.items():
                 timed(kept, name, "init", run.tx.init, run.params)
