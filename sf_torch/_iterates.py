@@ -2,7 +2,7 @@
 
 The parameters hold **y** in train mode and **x** in eval mode. The state of a
 parameter holds ``z``, and ``x`` where y does not determine it: for parameters
-narrower than float32, whose state is the float32 master, for β = 0, and on request.
+narrower than float32, whose state is the float32 master, for β near 0, and on request.
 How the iterates move is in :mod:`sf_torch._optimizer`.
 """
 
