@@ -139,3 +139,19 @@ def test_a_v_that_is_rounded_in_place_is_left_to_eager_code():
         results.append(iterates(optimizer, params))
     assert compiled == []
     assert_same_iterates(*results, 0)
+
+
+def test_compiled_code_is_handed_the_arrays_and_one_tensor_of_numbers():
+    """It looks at each thing that it is handed at every step, which takes time."""
+    torch.compiler.reset()
+    handed = []
+
+    def keeps(graph, inputs):
+        handed.append(len(inputs))
+        return graph.forward
+
+    params = parameters(SHAPES)
+    optimizer = build("AdamWScheduleFree", params)
+    run(optimizer, params, range(2), torch.compile(optimizer.step, backend=keeps))
+    arrays = len(params) * len(["y", "z", "v", "gradient"])
+    assert sum(handed) == arrays + 1
