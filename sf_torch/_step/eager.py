@@ -128,9 +128,7 @@ class Lists:
         others = self.xs or self._rows("y", self.params)
         ways, rows = self._spare("direction").rows, []
         for g, z, other, way in zip(given, self.zs, others, ways, strict=True):
-            torch.sub(z, other, out=way)
-            # GPUs count the elements of a dot product in 32 bits.
-            inner = torch.dot(g, way) if self.in_a_row else way.mul_(g).sum()
+            inner = torch.sub(z, other, out=way).mul_(g).sum()
             row = [(beta if self.xs else beta / b1) * inner]
             row.append(torch.abs(g, out=way).sum())
             if squares:
