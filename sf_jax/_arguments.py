@@ -147,11 +147,12 @@ def begins_within(
 
 
 def b1_within(schedule: Callable[[Any], Any], low: float, high: float) -> None:
-    """Refuses a schedule of β that leaves an interval.
+    """Refuses a schedule of β that leaves an interval, from count 0 on.
 
     It is looked at where it can be read: at every count up to 4096, and from there in
-    small steps. One that can only be called count by count is looked at at count 0,
-    and one that is traced is not.
+    small steps, until it leaves [0, 1], which is taken for the end of the run. One that
+    can only be called count by count is looked at at count 0, and one that is traced is
+    not.
     """
     counts = np.unique(np.append(np.arange(4097), np.geomspace(4096, 2**31 - 1, 1000)))
     counts = counts.astype(np.int32)
@@ -165,7 +166,8 @@ def b1_within(schedule: Callable[[Any], Any], low: float, high: float) -> None:
         return
     values = np.reshape(np.asarray(jax.device_get(values), float), -1)
     wrong = ~((values >= low) & (values <= high))
-    if wrong.any():
+    ends = ~((values >= 0) & (values <= 1))
+    if wrong[0] or (wrong & ~np.logical_or.accumulate(ends)).any():
         place = int(np.argmax(wrong))
         raise ValueError(
             f"β (b1, or mu_y) must stay in [{low:g}, {high:g}], got {values[place]:g} "

@@ -486,16 +486,16 @@ def test_the_error_stays_near_that_of_float32():
     [
         ({"rounding": "up"}, "rounding must be one of"),
         ({"rounding": "stochastic"}, "is to bfloat16, got state_dtype=None"),
-        ({"seed": -1}, "seed must be a whole number from 0"),
-        ({"seed": 0.5}, "seed must be a whole number from 0"),
+        ({"seed": -1}, "seed must be a whole number"),
+        ({"seed": 0.5}, "seed must be a whole number"),
     ],
 )
 def test_what_cannot_be_is_refused_by_both(options, match):
     for ours in (sf_jax.schedule_free_sgd, sf_jax.schedule_free_adamw):
-        with pytest.raises(ValueError, match=match):
+        with pytest.raises((TypeError, ValueError), match=match):
             ours(**options)
     for theirs in (sf_torch.SGDScheduleFree, sf_torch.AdamWScheduleFree):
-        with pytest.raises(ValueError, match=match):
+        with pytest.raises((TypeError, ValueError), match=match):
             theirs([torch.nn.Parameter(torch.ones(2))], **options)
 
 

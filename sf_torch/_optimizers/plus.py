@@ -338,14 +338,13 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
 
         Over all groups, all shards of them, and the process group.
         """
-        squares = grad_norm is not None
         rows: dict[Any, list[Tensor]] = {}
         for group, planned in zip(self.param_groups, parts, strict=True):
             betas = self._beta(group), group["b1"]
             for _, plan, grads in planned:
-                for place, row in plan.sums(grads, *betas, squares):
+                for place, row in plan.sums(grads, *betas):
                     rows.setdefault(place, []).append(row)
-        found = [0.0] * (3 if squares else 2)
+        found = [0.0, 0.0]
         for place, here in rows.items():
             # The host waits for a device once, and adds in float64.
             numbers = torch.stack(here).tolist()
@@ -355,10 +354,11 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
             found = [a + b for a, b in zip(found, sums, strict=True)]
         if self.process_group is not None:
             found = distributed.totals(found, self.process_group)
-        inner, norm, *square = found
-        if grad_norm is not None and square[0] > 0:
+        inner, norm = found
+        now = 0.0 if grad_norm is None else self.grad_norm()
+        if grad_norm is not None and now > 0:
             # What undoes the factor that the gradients were multiplied by.
-            factor = _number(grad_norm) / math.sqrt(square[0])
+            factor = _number(grad_norm) / now
             inner, norm = factor * inner, factor * norm
         return inner, norm
 

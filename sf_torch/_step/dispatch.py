@@ -131,9 +131,7 @@ class Plan:
         for executor in self.executors:
             executor.step(n, grads)
 
-    def sums(
-        self, grads: Tensors, beta: float, b1: float, squares: bool
-    ) -> list[tuple[Any, Tensor]]:
+    def sums(self, grads: Tensors, beta: float, b1: float) -> list[tuple[Any, Tensor]]:
         """Rows of :func:`formula.sums`, which add up to those over all parameters.
 
         Returns:
@@ -142,7 +140,7 @@ class Plan:
         """
         grads = self._local(grads)
         executors = self.executors or [Plain(dict(enumerate(self.leaves)))]
-        rows = [e.sums(grads, beta, b1, squares) for e in executors]
+        rows = [e.sums(grads, beta, b1) for e in executors]
         return [(_place(self.params[i]), row) for each in rows for i, row in each]
 
     def captured(self) -> list[Any]:

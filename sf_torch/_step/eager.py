@@ -120,20 +120,16 @@ class Lists:
         if not self.in_a_row:
             self._spares.clear()
 
-    def sums(
-        self, grads: Tensors, beta: float, b1: float, squares: bool
-    ) -> list[tuple[int, Tensor]]:
+    def sums(self, grads: Tensors, beta: float, b1: float) -> list[tuple[int, Tensor]]:
         """Rows as of ``formula.sums``, each with the number of a parameter in it."""
         given = self._rows("gradient", [piece.of(grads) for piece in self.pieces])
         others = self.xs or self._rows("y", self.params)
         ways, rows = self._spare("direction").rows, []
         for g, z, other, way in zip(given, self.zs, others, ways, strict=True):
             inner = torch.sub(z, other, out=way).mul_(g).sum()
-            row = [(beta if self.xs else beta / b1) * inner]
-            row.append(torch.abs(g, out=way).sum())
-            if squares:
-                row.append(way.square_().sum())
-            rows.append((self.pieces[0].member, torch.stack(row)))
+            inner = (beta if self.xs else beta / b1) * inner
+            row = torch.stack([inner, torch.abs(g, out=way).sum()])
+            rows.append((self.pieces[0].member, row))
         if not self.in_a_row:
             self._spares.clear()
         return rows

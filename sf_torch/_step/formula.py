@@ -41,13 +41,10 @@ class Plain:
             step(leaf, grads[i], n, rounding)
 
     def sums(
-        self, grads: Sequence[Tensor], beta: float, b1: float, squares: bool
+        self, grads: Sequence[Tensor], beta: float, b1: float
     ) -> list[tuple[int, Tensor]]:
         """The sums of each parameter, with its number."""
-        return [
-            (i, sums(leaf, grads[i], beta, b1, squares))
-            for i, leaf in self.leaves.items()
-        ]
+        return [(i, sums(leaf, grads[i], beta, b1)) for i, leaf in self.leaves.items()]
 
 
 def step(
@@ -99,23 +96,21 @@ def step(
         leaf["y"].copy_(_rounded(leaf, "y", next_y, rounding))
 
 
-def sums(leaf: Leaf, grad: Tensor, beta: float, b1: float, squares: bool) -> Tensor:
-    """``Σ β g·(z - x)``, ``Σ|g|`` and, if asked for, ``Σ|g|²`` of one parameter.
+def sums(leaf: Leaf, grad: Tensor, beta: float, b1: float) -> Tensor:
+    """``Σ β g·(z - x)`` and ``Σ|g|`` of one parameter, in one tensor.
 
     Args:
       leaf: the arrays.
       grad: the gradient at y.
       beta: β of the step.
       b1: β of the present y.
-      squares: whether the third is asked for.
     """
     dtype = arithmetic_dtype(leaf)
     g, z = grad.to(dtype), leaf["z"].to(dtype)
     # Where x is not stored: z - y = b1 (z - x).
     way = z - (leaf["x"] if "x" in leaf else leaf["param"])
     inner = (beta if "x" in leaf else beta / b1) * (g.conj() * way).real.sum()
-    size = g.abs()
-    return torch.stack([inner, size.sum(), *([size.square().sum()] if squares else [])])
+    return torch.stack([inner, g.abs().sum()])
 
 
 def _rounded(leaf: Leaf, row: str, value: Tensor, rounding: Rounding | None) -> Tensor:

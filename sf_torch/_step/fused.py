@@ -125,9 +125,9 @@ class Kernel:
             )
 
     def sums(
-        self, grads: Sequence[Tensor], beta: float, b1: float, squares: bool
+        self, grads: Sequence[Tensor], beta: float, b1: float
     ) -> list[tuple[int, Tensor]]:
-        return Plain(self.leaves).sums(grads, beta, b1, squares)
+        return Plain(self.leaves).sums(grads, beta, b1)
 
     def captured(self) -> list[Launch]:
         """Its launches as they are, if a CUDA graph is being made of them."""
