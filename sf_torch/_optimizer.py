@@ -181,11 +181,15 @@ class ScheduleFree(Iterates):
         former = self.__dict__.get("_plans", {})
         self._plans: dict[Any, Plan] = {}
         drafts = [dict(group) for group in self.param_groups]
-        parts = [self._planned(group, former, compiles) for group in self.param_groups]
+        ways = [self._way(group) for group in self.param_groups]
+        parts = [
+            self._planned(group, way, former, compiles)
+            for group, way in zip(self.param_groups, ways, strict=True)
+        ]
         self._measure(loss, drafts, parts)
         self._steps, compiled = [], []
-        for group, draft, mine in zip(self.param_groups, drafts, parts, strict=True):
-            way = self._way(group)
+        looked_at = zip(self.param_groups, ways, drafts, parts, strict=True)
+        for group, way, draft, mine in looked_at:
             if way.captures:
                 to_device(draft, group["params"][0].device)
             lr = draft["scheduled_lr"] = self._step_size(draft)
@@ -236,10 +240,10 @@ class ScheduleFree(Iterates):
                 enter_counters(group, draft, self._skip)
 
     def _planned(
-        self, group: Group, former: dict[Any, Plan], compiles: bool
+        self, group: Group, way: Way, former: dict[Any, Plan], compiles: bool
     ) -> list[Part]:
         """The parameters of a group that have gradients, with plans of their step."""
-        way, planned = self._way(group), []
+        planned = []
         for missed, params in self._parts(group):
             grads = [p.grad for p in params if p.grad is not None]
             key = id(group), missed

@@ -93,10 +93,10 @@ def mean_over_mesh(loss: float, mesh: Any) -> float:
     """The mean of the losses of a device mesh's processes."""
     from torch.distributed.tensor import Shard
 
-    return of_all_shards([loss], mesh, [Shard(0)] * mesh.ndim)[0] / mesh.size()
+    return totals_over_mesh([loss], mesh, [Shard(0)] * mesh.ndim)[0] / mesh.size()
 
 
-def of_all_shards(
+def totals_over_mesh(
     sums: Sequence[float], mesh: Any, placements: Sequence[Any]
 ) -> list[float]:
     """Sums over a distributed tensor, of those over each process's part of it."""

@@ -350,7 +350,7 @@ class AdamCScheduleFreePlus(AdamWScheduleFree):
             numbers = torch.stack(here).tolist()
             sums = [sum(column) for column in zip(*numbers, strict=True)]
             if isinstance(place, tuple):
-                sums = distributed.of_all_shards(sums, *place)
+                sums = distributed.totals_over_mesh(sums, *place)
             found = [a + b for a, b in zip(found, sums, strict=True)]
         if self.process_group is not None:
             found = distributed.totals(found, self.process_group)

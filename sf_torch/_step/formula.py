@@ -189,13 +189,17 @@ def lerp(a: Tensor, b: Tensor, weight: Number) -> Tensor:
     return torch.where(weight < 0.5, a + weight * way, b - (1 - weight) * way)
 
 
+def wide_lerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
+    """``a + weight (b - a)`` as a new tensor, in the dtype of arithmetic."""
+    dtype = wide_dtype(a.dtype, b.dtype)
+    return torch.lerp(a.to(dtype), b.to(dtype), weight)
+
+
 def recover_x(y: Tensor, z: Tensor, b1: float) -> Tensor:
     """x from y and z, in the dtype of arithmetic."""
-    dtype = wide_dtype(y.dtype, z.dtype)
-    return torch.lerp(y.to(dtype), z.to(dtype), 1 - 1 / b1)
+    return wide_lerp(y, z, 1 - 1 / b1)
 
 
 def recover_y(x: Tensor, z: Tensor, b1: float) -> Tensor:
     """y from x and z, in the dtype of arithmetic."""
-    dtype = wide_dtype(x.dtype, z.dtype)
-    return torch.lerp(x.to(dtype), z.to(dtype), 1 - b1)
+    return wide_lerp(x, z, 1 - b1)

@@ -13,15 +13,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sf_torch._step.batches import (
-    BLOCK,
-    flat,
-    in_blocks,
-    local,
-    same_layout,
-    wide_dtype,
-)
+from sf_torch._step.batches import BLOCK, flat, in_blocks, local, same_layout
 from sf_torch._step.eager import Scratch
+from sf_torch._step.formula import wide_lerp
 
 State = dict[str, Tensor]  # of one parameter
 
@@ -78,8 +72,7 @@ class Modes:
             to = out if fits else self._scratch.memory(a, a.numel(), "").view(a.shape)
             torch.lerp(a, b, weight, out=to)
         else:
-            dtype = wide_dtype(a.dtype, b.dtype)
-            to = torch.lerp(a.to(dtype), b.to(dtype), weight)
+            to = wide_lerp(a, b, weight)
         if to is not out:
             out.copy_(to)
 
