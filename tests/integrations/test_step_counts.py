@@ -98,16 +98,14 @@ def test_jax_turns_warmup_off_by_zero_of_any_type(zero):
 @no_counts
 def test_torch_refuses_a_share_of_the_run(make, argument, value):
     w = torch.nn.Parameter(torch.ones(2))
-    with pytest.raises(
-        TypeError, match=f"{argument}.* whole number .*got .*{value}.*tim"
-    ):
+    words = f"{argument} must be .*whole number in .*got .*{value}.*that share times"
+    with pytest.raises(TypeError, match=words):
         over([w], make, **{argument: value})
 
 
 @in_jax
 @no_counts
 def test_jax_refuses_a_share_of_the_run(make, argument, value):
-    with pytest.raises(
-        TypeError, match=f"{argument}.* whole number .*got .*{value}.*tim"
-    ):
+    words = f"{argument} must be .*whole number in .*got .*{value}.*that share times"
+    with pytest.raises(TypeError, match=words):
         make(learning_rate=0.1, **{argument: value})

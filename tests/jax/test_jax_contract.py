@@ -310,7 +310,7 @@ BAD_ARGUMENTS = [
     (
         {"warmup_steps": 2.5},
         TypeError,
-        "warmup_steps must be None or a whole number.*2.5",
+        r"warmup_steps must be None or a whole number.*got 2\.5",
     ),
     ({"decay_at": "w"}, ValueError, "'y', 'z', 'x', got 'w'"),
     ({"variant": "fast"}, ValueError, "variant.*got 'fast'"),

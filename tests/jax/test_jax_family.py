@@ -382,7 +382,7 @@ BAD_ARGUMENTS = [
     (sf_jax.schedule_free_muon, {"momentum": 1.0}, "momentum.*got 1.0"),
     (sf_jax.schedule_free_muon, {"row_b2": 1.0}, "row_b2.*got 1.0"),
     (sf_jax.growing_b1, {"steps": 1}, r"steps must be a whole number in \[2, .*got 1"),
-    (sf_jax.refined_average, {"c": -1.0}, "c must be .*got -1.0"),
+    (sf_jax.refined_average, {"c": -1.0}, r"c must be a number in \[0, .*got -1\.0"),
     (sf_jax.exponential_average, {"mu_x": 2.0}, "mu_x.*got 2.0"),
 ]
 

@@ -457,5 +457,7 @@ def test_the_base_under_a_narrow_z_computes_in_float32():
 @pytest.mark.parametrize("name", ["moment_dtype", "state_dtype"])
 @pytest.mark.parametrize("optimizer", MOMENTS)
 def test_dtypes_that_are_not_floating_are_refused(optimizer, name):
-    with pytest.raises(ValueError, match=f"{name} must be None or a .*int8"):
+    with pytest.raises(
+        ValueError, match=f"{name} must be None or a floating dtype.*int8"
+    ):
         MOMENTS[optimizer][0](**{name: jnp.int8})

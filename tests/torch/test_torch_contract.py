@@ -65,7 +65,10 @@ def test_bad_options_are_refused(name, option, value, error):
     ("options", "message"),
     [
         ({"momentum": 1.5}, r"momentum must be a number in .*got 1\.5"),
-        ({"weight_decay_at_y": -1.0}, "weight_decay_at_y must be .*got -1"),
+        (
+            {"weight_decay_at_y": -1.0},
+            r"weight_decay_at_y must be a number in \[0, .*got -1\.0",
+        ),
         ({"state_dtype": torch.int8}, "state_dtype must be None or a floating dtype"),
     ],
 )

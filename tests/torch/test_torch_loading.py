@@ -70,7 +70,7 @@ ANY = {  # of every optimizer
     "scheduled_lr": (in_group(scheduled_lr=INF), "scheduled_lr must be a finite"),
     "b1": (in_group(b1=2.0), "b1 must be a finite number from 0"),
     "train_mode": (in_group(train_mode="yes"), "train_mode must be True or False"),
-    "lr": (in_group(lr=NAN), "lr must be .*got nan"),
+    "lr": (in_group(lr=NAN), r"lr must be a number in \[0, 1e30\].*got nan"),
     "no lr": (in_group(lr=None), "group 0 has no lr"),
     "z=None": (in_state(z=None), "z must be a tensor, got None"),
     "complex z": (in_state(z=torch.zeros(4) * 1j), "z is torch.complex64"),
@@ -83,11 +83,17 @@ ANY = {  # of every optimizer
     "fewer parameters": (less, r"groups of \[1\] parameters, the optimizer of \[2\]"),
 }
 ADAMW = {  # options and moments of one's own
-    "betas": (in_group(betas=(2, 0.9)), r"betas must be .*got \(2, 0.9\)"),
+    "betas": (
+        in_group(betas=(2, 0.9)),
+        r"betas must be a pair: a number in \[0, 1\].*got \(2, 0\.9\)",
+    ),
     "no betas": (in_group(betas=None), "group 0 has no betas"),
-    "eps": (in_group(eps=-1.0), "eps must be .*got -1.0"),
+    "eps": (in_group(eps=-1.0), r"eps must be a number in \[0, .*got -1\.0"),
     "decay_at": (in_group(decay_at="w"), "decay_at must be one of"),
-    "state_dtype": (in_group(state_dtype="half"), "state_dtype must be .*got 'half'"),
+    "state_dtype": (
+        in_group(state_dtype="half"),
+        "state_dtype must be None or a floating dtype.*got 'half'",
+    ),
     "no moment": (in_state(exp_avg_sq="gone"), "has no exp_avg_sq, which AdamW"),
     "real moment": (in_state(exp_avg_sq=torch.zeros(4) * 1j), "exp_avg_sq is torch.c"),
     "left over": (in_state(buffer=torch.ones(4)), "has buffer, which AdamW"),
@@ -97,11 +103,11 @@ CASES = [("AdamWScheduleFree", *case) for case in (ANY | ADAMW).values()]
 CASES += [("ScheduleFreeWrapper", *case) for case in ANY.values()]
 CASES += [
     ("AdamCScheduleFreePlus", in_group(grad_l1_ema=INF), "grad_l1_ema must be a fin"),
-    ("GPAAdamW", in_group(mu_x=1.5), r"mu_x must be .*got 1\.5"),
+    ("GPAAdamW", in_group(mu_x=1.5), r"mu_x must be a number in \[0, 1\], got 1\.5"),
     (
         "SGDScheduleFreeRefined",
         in_group(refined_c=-1.0),
-        "refined_c must be .*got -1.0",
+        r"refined_c must be a number in \[0, .*got -1\.0",
     ),
     ("SGDScheduleFree/beta 0", in_state(x="gone"), "has no x, which SGD"),
     ("ScheduleFreeWrapper", in_group(alpha=None), "group 0 has no alpha"),
