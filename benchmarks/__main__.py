@@ -29,6 +29,13 @@ GROWING = (
     "sf_jax",
     "optax.contrib schedule_free_adamw",
 )
+# On a CPU, of GPT-2 small in its own size.
+WHOLE = (
+    "sf_torch",
+    "Meta schedulefree foreach",
+    "torch AdamW fused",
+    "sf_torch compiled",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,12 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = options.out or RESULTS / device
     rows: list[Row] = []
     start = time.perf_counter()
-    for experiment, tree in _plan(device, options.smoke):
+    for experiment, tree, names in _plan(device, options.smoke):
         if experiment not in options.only:
             continue
-        growing = experiment != report.STEPS
-        chosen = [c for c in CANDIDATES if not growing or c.name in GROWING]
-        new = measure(experiment, tree, chosen, settings, evaluations=not growing)
+        chosen = [c for c in CANDIDATES if not names or c.name in names]
+        evaluations = experiment == report.STEPS
+        new = measure(experiment, tree, chosen, settings, evaluations)
         report.show(new, about["machine"])
         rows += new
         # After each tree, so that a run that is cut off leaves what it has.
@@ -75,24 +82,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _plan(device: str, smoke: bool) -> Iterator[tuple[str, Tree]]:
+def _plan(device: str, smoke: bool) -> Iterator[tuple[str, Tree, Sequence[str]]]:
+    """What is measured: the experiment, the tree, and which candidates if not all."""
     from benchmarks import report
 
     on_cpu = device == "cpu"
     if smoke:
-        yield report.STEPS, one(1000)
-        yield report.LEAVES, many(2, 1024)
+        yield report.STEPS, one(1000), ()
+        yield report.LEAVES, many(2, 1024), GROWING
         return
     width = 192 if on_cpu else 768
     trees = (one(2**24 if on_cpu else 2**27), gpt2(width), many(2000, 2**13))
     for tree in trees:
-        yield report.STEPS, tree
+        yield report.STEPS, tree, ()
         if not on_cpu or tree.name:
-            yield report.STEPS, dataclasses.replace(tree, dtype="bfloat16")
+            yield report.STEPS, dataclasses.replace(tree, dtype="bfloat16"), ()
+    if on_cpu:
+        yield report.STEPS, gpt2(), WHOLE
     for count in (10, 100, 1000, 10_000):
-        yield report.LEAVES, many(count, 2**10)
+        yield report.LEAVES, many(count, 2**10), GROWING
     for power in range(5, 8 if on_cpu else 10):
-        yield report.PARAMETERS, one(10**power)
+        yield report.PARAMETERS, one(10**power), GROWING
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -27,7 +27,8 @@ def test_the_report_is_one_page_that_needs_nothing_else(
     printed = capsys.readouterr().out
     assert "sgd/warmup" in printed
     assert "comparisons of 3 cases hold" in printed
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["index.html", "summary.json"]
+    files = sorted(p.name for p in tmp_path.iterdir())
+    assert files == ["distances.md", "index.html", "summary.json"]
 
     page = (tmp_path / "index.html").read_text()
     assert page.count("<svg") == 2
@@ -45,6 +46,16 @@ def test_the_report_is_one_page_that_needs_nothing_else(
     known = [row for row in summary["comparisons"] if row["must_differ"]]
     assert {row["case"] for row in known} == {"sgd/warmup"}
     assert any(row["what"] == "sgd/decay_z in meta" for row in summary["skipped"])
+
+    # README's table: of each optimizer the worst of its float32 cases.
+    _, _, row = (tmp_path / "distances.md").read_text().splitlines()
+    name, count, *cells = row.strip("| ").split(" | ")
+    furthest = max(
+        row["ulps"]
+        for row in summary["comparisons"]
+        if row["against"] == "reference" and row["voice"].startswith("torch")
+    )
+    assert (name, count, cells[1]) == ("sgd", "3", f"{furthest:.1f}")
 
 
 def test_the_table_keeps_the_step_where_the_terminal_is_narrow() -> None:

@@ -12,6 +12,7 @@ References:
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ from sf_torch._iterates import Iterates
 from sf_torch._step import formula
 from sf_torch._step.batches import MISSED, Leaf, local, of_all_shards
 from sf_torch._step.dispatch import Plan, Way
-from sf_torch._step.eager import Scratch
 from sf_torch._step.finite import not_finite
 from sf_torch._step.numbers import Numbers
+from sf_torch._step.rows import Scratch
 from sf_torch._step.schedule import (
     Group,
     enter_counters,
@@ -159,15 +160,15 @@ class ScheduleFree(Iterates):
         compiles = torch.compiler.is_compiling()
         compiled = self._prepare(loss, compiles)
         if compiles:
-            for leaves, grads, packed, kind in compiled:
+            for leaves, packed, kind in compiled:
                 numbers = kind.unpacked(packed)
-                for leaf, grad in zip(leaves, grads, strict=True):
+                for leaf, grad in leaves:
                     formula.step(leaf, grad, numbers)
         self._finish()
 
-    # For each group its draft and (plan, numbers, gradients) of its parameters. Kept
-    # here between the two methods: compiled code looks at all that it is handed, at
-    # every step.
+    # For each group its draft, the plans of its parameters and what ends the step of
+    # each. Kept here between the two methods: compiled code looks at all that it is
+    # handed, at every step.
     _steps: list[tuple[Group, Group, list[Any]]]
 
     @torch.compiler.disable
@@ -175,15 +176,15 @@ class ScheduleFree(Iterates):
         """Looks at all that a step takes, before anything moves.
 
         Returns:
-          For those parameters that a compiler is to have: their leaves and gradients,
-          and their numbers, packed, with those that do not change.
+          For those parameters that a compiler is to have: leaves with gradients, and
+          their numbers, packed, with those that do not change.
         """
         former = self.__dict__.get("_plans", {})
         self._plans: dict[Any, Plan] = {}
         drafts = [dict(group) for group in self.param_groups]
-        ways = [self._way(group) for group in self.param_groups]
+        ways = [self._way(g)._replace(sliced=not compiles) for g in self.param_groups]
         parts = [
-            self._planned(group, way, former, compiles)
+            self._planned(group, way, former)
             for group, way in zip(self.param_groups, ways, strict=True)
         ]
         self._measure(loss, drafts, parts)
@@ -208,13 +209,11 @@ class ScheduleFree(Iterates):
                 eager = way.fuses or way.seed is not None or numbers.v_in_place
                 if compiles and not eager:
                     packed = numbers.as_tensor(plan.leaves[0]["param"].device)
-                    kind = numbers.kind()
-                    compiled.append(
-                        (plan.leaves, list(map(local, grads)), packed, kind)
-                    )
+                    compiled.append((plan.to_compile(grads), packed, numbers.kind()))
+                    finish = plan.finish
                 else:
-                    plan.prepare(grads)
-                    planned.append((plan, numbers, grads))
+                    finish = partial(plan.step, numbers, grads)
+                planned.append((plan, finish))
             draft["b1"], draft["k"] = next_b1, draft["k"] + 1
             self._steps.append((group, draft, planned))
         if compiled:  # which moves before _finish does
@@ -230,8 +229,8 @@ class ScheduleFree(Iterates):
         steps, self._steps = self._steps, []
         with self._moving():
             for group, draft, planned in steps:
-                for plan, numbers, grads in planned:
-                    plan.step(numbers, grads)
+                for plan, finish in planned:
+                    finish()
                     # What a CUDA graph of the step reads whenever it is replayed.
                     self.__dict__.setdefault("_captured", []).extend(plan.captured())
                 stay = [p for p in group["params"] if p.grad is None]
@@ -239,9 +238,7 @@ class ScheduleFree(Iterates):
                     self._stay(p, group, draft)
                 enter_counters(group, draft, self._skip)
 
-    def _planned(
-        self, group: Group, way: Way, former: dict[Any, Plan], compiles: bool
-    ) -> list[Part]:
+    def _planned(self, group: Group, way: Way, former: dict[Any, Plan]) -> list[Part]:
         """The parameters of a group that have gradients, with plans of their step."""
         planned = []
         for missed, params in self._parts(group):
@@ -250,8 +247,6 @@ class ScheduleFree(Iterates):
             plan = self._plan(former.get(key), group, way, params, grads)
             if plan.lasts:
                 self._plans[key] = plan
-            if not compiles:
-                plan.prepare(grads)
             planned.append((missed, plan, grads))
         return planned
 

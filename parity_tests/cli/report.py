@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from parity_tests.cli.table import by_optimizer
 from parity_tests.compare.distance import curve
 from parity_tests.compare.harness import Outcome
 from parity_tests.registry.case import Case
@@ -38,7 +39,11 @@ def write(
     steps: int | None,
     seconds: float,
 ) -> pathlib.Path:
-    """Writes ``index.html`` and ``summary.json`` and returns the path of the page."""
+    """Writes ``index.html``, ``summary.json`` and ``distances.md``.
+
+    Returns:
+      The path of the page.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     facts = {
         "device": device,
@@ -58,6 +63,7 @@ def write(
         "skipped": [{"what": what, "reason": reason} for what, reason in skipped],
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (folder / "distances.md").write_text(by_optimizer(outcomes, cases))
     known = [o for o in outcomes if o.limit.differs]
     figures = (
         (

@@ -1,4 +1,4 @@
-"""The matrix as a table: a row per case, or per pair of voices."""
+"""The matrix as a table: a row per case, per pair of voices, or per optimizer."""
 
 from collections.abc import Collection, Iterable
 
@@ -6,6 +6,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from parity_tests.compare.harness import Outcome
+from parity_tests.registry.case import Case
 from parity_tests.runners.voices import VOICES
 
 # Each column: a package, and the yardsticks of which it shows the worst. Golden files
@@ -20,6 +21,22 @@ COLUMNS = (
     ("sf_jax", ("torch",)),
 )
 WIDTH = 190  # of the whole table
+# Of the table by optimizer: a package, and its yardstick.
+PAIRS = (
+    ("sf_jax", "reference"),
+    ("sf_torch", "reference"),
+    ("meta", "reference"),
+    ("sf_jax", "meta"),
+    ("sf_torch", "meta"),
+    ("sf_jax", "torch"),
+)
+_SHOWN = {
+    "sf_jax": "sf_jax",
+    "sf_torch": "sf_torch",
+    "torch": "sf_torch",
+    "meta": "Meta's",
+    "reference": "float64",
+}
 
 
 def worst(
@@ -70,3 +87,22 @@ def table(outcomes: list[Outcome], every_pair: bool = False) -> Table:
             cells.append(_cell(furthest) if furthest else Text("–"))
         rows.add_row(name, *cells)
     return rows
+
+
+def by_optimizer(outcomes: Iterable[Outcome], cases: Iterable[Case]) -> str:
+    """The worst distances of each optimizer's float32 cases, in Markdown.
+
+    Outcomes that have to differ are left out.
+    """
+    optimizers = {c.name: c.optimizer.name for c in cases if c.dtype == "float32"}
+    of_optimizer: dict[str, list[Outcome]] = {}
+    for o in outcomes:
+        if o.case in optimizers and not o.limit.differs:
+            of_optimizer.setdefault(optimizers[o.case], []).append(o)
+    heads = [f"{_SHOWN[package]} – {_SHOWN[against]}" for package, against in PAIRS]
+    lines = [["optimizer", "cases", *heads], ["---", *["--:"] * (1 + len(PAIRS))]]
+    for name, found in of_optimizer.items():
+        furthest = [worst(found, package, (against,)) for package, against in PAIRS]
+        cells = [f"{o.distance.ulps:.1f}" if o else "–" for o in furthest]
+        lines.append([name, str(len({o.case for o in found})), *cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -68,7 +68,7 @@ def _one_thread() -> Iterator[None]:
 def _small_blocks() -> contextlib.AbstractContextManager[Any]:
     patches = contextlib.ExitStack()
     patches.enter_context(mock.patch.object(batches, "BLOCK", 16))
-    patches.enter_context(mock.patch.object(batches, "SMALL", 4))
+    patches.enter_context(mock.patch.object(batches, "SHARE", 4))
     return patches
 
 

@@ -1,13 +1,12 @@
 """Which tensors take their step together: data only.
 
-A step reads and writes each array several times. On a CPU it therefore works through
-blocks that stay in the cache: small tensors together, large ones in slices. On an
-accelerator all tensors of one device and the same dtypes go together.
+A step reads and writes each array several times. It therefore works through blocks that
+stay in the cache: small tensors together, large ones in slices.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,16 +22,17 @@ MISSED = "missed"
 those before its first gradient included. Absent, as in Meta's states, it is 0."""
 
 BLOCK = 2**19
-"""Elements of a block: two megabytes of float32 an array."""
+"""Elements of a block on a CPU: two megabytes of float32 an array. On an accelerator it
+is larger: there the caches are, and to start an operation takes longer."""
 
-SMALL = 2**16
-"""Elements up to which parameters share a block. Their arrays are copied to and fro for
-it, which is less than what the calls and the threads of each would take."""
+SHARE = 8
+"""Parameters up to this part of a block share one. Their arrays are copied to and fro
+for it, which is less than what the calls and the threads of each would take."""
 
 
-def in_blocks(tensor: Tensor) -> bool:
-    """Whether arithmetic goes by blocks on the tensor's device."""
-    return tensor.is_cpu
+def block_size(tensor: Tensor) -> int:
+    """Elements of a block on the tensor's device."""
+    return BLOCK if tensor.is_cpu else 8 * BLOCK
 
 
 class Piece(NamedTuple):
@@ -48,40 +48,44 @@ class Piece(NamedTuple):
         return tensor if self.part is None else flat(tensor)[self.part]
 
 
-def batched(leaves: Iterable[tuple[int, Leaf]], together: bool) -> list[list[Piece]]:
-    """Dense leaves in batches, each of one kind.
+def blocks(
+    pieces: Iterable[Piece], together: bool, sliced: bool
+) -> Iterator[list[Piece]]:
+    """Dense parameters of one kind, block by block.
 
     Args:
-      leaves: with the number that each parameter goes by.
-      together: False keeps parameters apart.
+      pieces: the parameters.
+      together: False keeps them apart.
+      sliced: False keeps large ones whole.
     """
-    found: list[list[Piece]] = []
-    last: dict[Any, list[Piece]] = {}  # the batch of a kind that may take more
-    sizes: dict[Any, int] = {}
-    for member, leaf in leaves:
-        blocks, size = in_blocks(leaf["param"]), leaf["param"].numel()
-        if not together or (blocks and size > SMALL):
-            found += [[piece] for piece in pieces(member, leaf)]
+    block: list[Piece] = []
+    room = 0
+    for piece in pieces:
+        param = piece.leaf["param"]
+        size, limit = param.numel(), block_size(param)
+        if not together or size > limit // SHARE:
+            yield from ([each] for each in (slices(piece) if sliced else [piece]))
             continue
-        kind = (leaf["param"].device, *leaf, *[t.dtype for t in leaf.values()])
-        if kind not in last or (blocks and sizes[kind] + size > BLOCK):
-            last[kind], sizes[kind] = [], 0
-            found.append(last[kind])
-        last[kind].append(Piece(member, None, leaf))
-        sizes[kind] += size
-    return found
+        if size > room:
+            if block:
+                yield block
+            block, room = [], limit
+        block.append(piece)
+        room -= size
+    if block:
+        yield block
 
 
-def pieces(member: int, leaf: Leaf) -> Iterator[Piece]:
-    """A dense leaf as it is, or in slices that stay in the cache."""
-    size = leaf["param"].numel()
-    if size <= BLOCK or not in_blocks(leaf["param"]):
-        yield Piece(member, None, leaf)
+def slices(piece: Piece) -> Iterator[Piece]:
+    """A dense parameter as it is, or in slices of a block."""
+    size, limit = piece.leaf["param"].numel(), block_size(piece.leaf["param"])
+    if size <= limit:
+        yield piece
         return
-    rows = {row: flat(tensor) for row, tensor in leaf.items()}
-    for start in range(0, size, BLOCK):
-        part = slice(start, start + BLOCK)
-        yield Piece(member, part, {row: t[part] for row, t in rows.items()})
+    rows = {row: flat(tensor) for row, tensor in piece.leaf.items()}
+    for start in range(0, size, limit):
+        part = slice(start, start + limit)
+        yield Piece(piece.member, part, {row: t[part] for row, t in rows.items()})
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -121,11 +125,6 @@ def of_all_shards(number: Tensor) -> Tensor:
 def is_flat(p: Tensor) -> bool:
     """Whether the parameter is FSDP1's: a part that does not know of the whole."""
     return hasattr(p, "_is_flat_param") or hasattr(p, "_fsdp_flattened")
-
-
-def same_device(tensors: Sequence[Tensor]) -> bool:
-    """Whether one kernel can reach them all."""
-    return all(t.device == tensors[0].device for t in tensors)
 
 
 def same_layout(tensors: Sequence[Tensor]) -> bool:

@@ -9,16 +9,18 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from sf_torch._step import batches, eager, fused
-from sf_torch._step.batches import Leaf, local, same_layout
-from sf_torch._step.eager import Lists, Scratch, Tensors
+from sf_torch._step import fused, rows
+from sf_torch._step.batches import Leaf, Piece, blocks, local, same_layout
 from sf_torch._step.formula import Plain
 from sf_torch._step.fused import Kernel
 from sf_torch._step.numbers import Numbers
+from sf_torch._step.rows import Rows, Scratch
 
-Executor = Kernel | Lists | Plain
+Executor = Kernel | Rows | Plain
+Tensors = Sequence[Tensor]
 
 
 class Way(NamedTuple):
@@ -28,6 +30,7 @@ class Way(NamedTuple):
     captures: bool  # whether nothing else may move them: a CUDA graph is to replay it
     together: bool  # whether parameters share a batch
     seed: int | None = None  # of random rounding, by the formula; None: to nearest
+    sliced: bool = True  # whether large parameters are: a compiler has them whole
 
 
 def way(group: Mapping[str, Any]) -> Way:
@@ -68,7 +71,6 @@ class Plan:
         places: Sequence[int],
     ) -> None:
         self.params, self.kind, self.leaves = params, kind, leaves
-        self.way, self.scratch, self.places = way, scratch, places
         self.rows = tuple(leaves[0])
         # Mixed dtypes have other rows beside one another, and next_z is another tensor
         # at every step: such parameters are looked at anew.
@@ -76,31 +78,34 @@ class Plan:
             tuple(leaf) == self.rows for leaf in leaves
         )
         self.sharded = any(local(p) is not p for p in params)
-        self.grad_kinds = _kinds(self._local(grads))
-        self.executors: list[Executor] = []
-        self._look()
-
-    def _look(self) -> None:
-        """Remembers where the arrays lie."""
-        rows = self.rows if self.lasts else ()
-        columns = [[leaf[row] for leaf in self.leaves] for row in rows]
-        self.addresses = [_addresses(column) for column in columns]
-
-    def prepare(self, grads: Tensors) -> None:
-        """Makes the executors, which may move state in memory. A compiler has its own.
-
-        Raises:
-          RuntimeError: the group asks for a way that its parameters cannot go.
-        """
-        if not self.executors:
+        if self.sharded:
             # A distributed tensor's local part may be an alias, which cannot be moved.
-            way = self.way._replace(together=self.way.together and not self.sharded)
-            given = self._local(grads), way, self.scratch, self.places
-            self.executors = _executors(self.leaves, *given)
-            self._look()
+            way = way._replace(together=False)
+            grads = list(map(local, grads))
+        self.grad_kinds = _kinds(grads)
+        self.strays = [
+            i
+            for i, (leaf, grad) in enumerate(zip(leaves, grads, strict=True))
+            if same_layout([leaf["param"]]) and not same_layout([leaf["param"], grad])
+        ]
+        self.executors = _executors(leaves, self._laid_out(grads), way, scratch, places)
+        # Where the arrays lie now that executors may have moved them.
+        rows = self.rows if self.lasts else ()
+        columns = [[leaf[row] for leaf in leaves] for row in rows]
+        self.addresses = list(map(_addresses, columns))
 
-    def _local(self, grads: Tensors) -> Tensors:
-        return list(map(local, grads)) if self.sharded else grads
+    def _taken(self, grads: Tensors) -> Tensors:
+        """The process's own parts of gradients, in the layouts of the parameters."""
+        return self._laid_out(list(map(local, grads)) if self.sharded else grads)
+
+    def _laid_out(self, grads: Tensors) -> Tensors:
+        if not self.strays:
+            return grads
+        grads = list(grads)
+        for i in self.strays:
+            like = torch.empty_like(self.leaves[i]["param"], dtype=grads[i].dtype)
+            grads[i] = like.copy_(grads[i])
+        return grads
 
     def fits(
         self,
@@ -110,12 +115,14 @@ class Plan:
         kind: Any,
     ) -> bool:
         """Whether the plan still holds for these parameters, gradients and states."""
+        if self.sharded:
+            grads = list(map(local, grads))
         if (
             not self.lasts
             or kind != self.kind
             or len(params) != len(self.params)
             or not all(map(is_, params, self.params))
-            or _kinds(self._local(grads)) != self.grad_kinds
+            or _kinds(grads) != self.grad_kinds
         ):
             return False
         states = [state[p] for p in params]
@@ -123,13 +130,28 @@ class Plan:
             columns = [[*params], *([s[row] for s in states] for row in self.rows[1:])]
         except KeyError:
             return False
-        return [_addresses(self._local(c)) for c in columns] == self.addresses
+        if self.sharded:
+            columns = [list(map(local, column)) for column in columns]
+        return list(map(_addresses, columns)) == self.addresses
 
     def step(self, n: Numbers, grads: Tensors) -> None:
         """Moves y, z, x and the moments of all in place."""
-        grads = self._local(grads)
+        grads = self._taken(grads)
         for executor in self.executors:
             executor.step(n, grads)
+
+    def to_compile(self, grads: Tensors) -> list[tuple[Leaf, Tensor]]:
+        """Leaves and gradients that compiled code moves in place of :meth:`step`."""
+        grads = self._taken(grads)
+        return [pair for e in self._compilable() for pair in e.to_compile(grads)]
+
+    def finish(self) -> None:
+        """Ends a compiled step."""
+        for executor in self._compilable():
+            executor.finish()
+
+    def _compilable(self) -> list[Rows | Plain]:
+        return [e for e in self.executors if not isinstance(e, Kernel)]
 
     def sums(self, grads: Tensors, beta: float, b1: float) -> list[tuple[Any, Tensor]]:
         """Rows of :func:`formula.sums`, which add up to those over all parameters.
@@ -138,15 +160,14 @@ class Plan:
           Each with its place: a device, or the mesh and the placements of distributed
           parameters, of which this is the process's own part.
         """
-        grads = self._local(grads)
-        executors = self.executors or [Plain(dict(enumerate(self.leaves)))]
-        rows = [e.sums(grads, beta, b1) for e in executors]
-        return [(_place(self.params[i]), row) for each in rows for i, row in each]
+        grads = self._taken(grads)
+        sums = [row for e in self.executors for row in e.sums(grads, beta, b1)]
+        return [(_place(self.params[i]), row) for i, row in sums]
 
-    def captured(self) -> list[Any]:
-        """The launches that a CUDA graph reads, if one is being made of the step."""
+    def captured(self) -> list[Tensor]:
+        """What a CUDA graph reads, if one is being made of the step."""
         kernels = [e for e in self.executors if isinstance(e, Kernel)]
-        return [launch for kernel in kernels for launch in kernel.captured()]
+        return [tensor for kernel in kernels for tensor in kernel.captured()]
 
 
 def _executors(
@@ -156,34 +177,39 @@ def _executors(
     scratch: Scratch,
     places: Sequence[int],
 ) -> list[Executor]:
-    if way.seed is not None:
-        return [Plain(dict(enumerate(leaves)), way.seed, places)]
+    """Each parameter's, of which those that are alike share one."""
+    alike: dict[Any, list[Piece]] = {}
+    for i, leaf in enumerate(leaves):
+        if leaf["param"].numel():
+            kind = _kind(leaf, grads[i], way)
+            alike.setdefault(kind, []).append(Piece(i, None, leaf))
     found: list[Executor] = []
-    rest = dict(enumerate(leaves))
-    if way.fuses:
-        taken = {i: leaf for i, leaf in rest.items() if fused.takes(leaf, grads[i])}
-        if taken:
-            found.append(Kernel(taken, grads))
-        rest = {i: leaf for i, leaf in rest.items() if i not in taken}
-        if rest and way.captures:
-            strides = next(iter(rest.values()))["param"].stride()
-            raise RuntimeError(
-                "capturable=True needs dense parameters and float32 state, got a "
-                f"parameter of strides {strides}. Make it contiguous, or leave "
-                "capturable out."
-            )
-    dense = {
-        i: leaf for i, leaf in rest.items() if same_layout([*leaf.values(), grads[i]])
-    }
-    plain = {i: leaf for i, leaf in rest.items() if i not in dense}
-    for batch in batches.batched(dense.items(), way.together):
-        if eager.takes(batch):
-            found.append(Lists(batch, scratch))
+    for (executor, *_), pieces in alike.items():
+        if executor is Kernel:
+            found.append(Kernel(pieces, grads))
+        elif executor is Rows:
+            for block in blocks(pieces, way.together, way.sliced):
+                found.append(Rows(block, scratch))
         else:
-            plain |= {piece.member: rest[piece.member] for piece in batch}
-    if plain:
-        found.append(Plain(plain))
+            for i, _, leaf in pieces:
+                found.append(Plain(i, leaf, way.seed, places[i] if places else 0))
     return found
+
+
+def _kind(leaf: Leaf, grad: Tensor, way: Way) -> tuple[Any, ...]:
+    """The first executor that takes the leaf, and what it takes only alike."""
+    alike = leaf["param"].device, *leaf, *[tensor.dtype for tensor in leaf.values()]
+    if way.fuses and fused.takes(leaf, grad):
+        return Kernel, grad.dtype, fused.is_aligned(leaf, grad), *alike
+    if way.captures:
+        raise RuntimeError(
+            "capturable=True needs dense parameters and float32 state, got a "
+            f"parameter of strides {leaf['param'].stride()}. Make it contiguous, or "
+            "leave capturable out."
+        )
+    if way.seed is None and rows.takes(leaf):
+        return Rows, *alike
+    return (Plain,)
 
 
 def _place(p: Tensor) -> Any:

@@ -5,7 +5,8 @@ one kernel of it. Arrays that the faster executors do not take (other layouts, c
 numbers, narrow state) are moved by it, and each faster executor is tested against it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,35 +17,33 @@ from sf_torch._step.rounding import Rounding, lean_y
 from sf_torch._step.schedule import where
 
 
+@dataclass
 class Plain:
-    """Executor: one parameter after the other.
+    """Executor: one parameter."""
 
-    Args:
-      leaves: by the number that each parameter goes by.
-      seed: of random rounding; None rounds to nearest.
-      places: by the same number, the parameter's place in the optimizer, for the seed.
-    """
-
-    def __init__(
-        self,
-        leaves: Mapping[int, Leaf],
-        seed: int | None = None,
-        places: Sequence[int] = (),
-    ) -> None:
-        self.leaves, self.seed, self.places = leaves, seed, places
+    member: int  # which parameter
+    leaf: Leaf
+    seed: int | None = None  # of random rounding; None: to nearest
+    place: int = 0  # of the parameter in the optimizer, for the seed
 
     def step(self, n: Numbers, grads: Sequence[Tensor]) -> None:
-        for i, leaf in self.leaves.items():
-            rounding = None
-            if self.seed is not None:
-                rounding = Rounding(self.seed, self.places[i], n.step)
-            step(leaf, grads[i], n, rounding)
+        rounding = None
+        if self.seed is not None:
+            rounding = Rounding(self.seed, self.place, n.step)
+        step(self.leaf, grads[self.member], n, rounding)
 
     def sums(
         self, grads: Sequence[Tensor], beta: float, b1: float
     ) -> list[tuple[int, Tensor]]:
-        """The sums of each parameter, with its number."""
-        return [(i, sums(leaf, grads[i], beta, b1)) for i, leaf in self.leaves.items()]
+        """The sums of the parameter, with its number."""
+        return [(self.member, sums(self.leaf, grads[self.member], beta, b1))]
+
+    def to_compile(self, grads: Sequence[Tensor]) -> list[tuple[Leaf, Tensor]]:
+        """What compiled code moves by :func:`step`."""
+        return [(self.leaf, grads[self.member])]
+
+    def finish(self) -> None:
+        """Nothing is left to do after a compiled step."""
 
 
 def step(

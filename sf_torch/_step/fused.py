@@ -1,4 +1,4 @@
-"""The whole step in one launch: a Triton kernel over all tensors of a group.
+"""The whole step in one launch: a Triton kernel over all tensors that are alike.
 
 A step at the speed of memory reads each array once and writes it once. The kernel
 finds the arrays of every parameter through a table of addresses, so that thousands of
@@ -7,15 +7,15 @@ nothing is compiled anew as they change. Arithmetic is in float32.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sf_torch._step.batches import Leaf, same_device, same_layout
-from sf_torch._step.formula import Plain
-from sf_torch._step.launch import ROWS, Launch, is_capturing, launches_over
+from sf_torch._step.batches import Leaf, Piece, is_master, same_layout
+from sf_torch._step.formula import sums
 from sf_torch._step.numbers import Numbers
 
 try:
@@ -26,6 +26,8 @@ except ImportError:  # PyTorch's builds for CPUs come without it
     triton = None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROWS = ("param", "z", "x", "y", "exp_avg_sq", "exp_avg")  # of the table, and the sizes
+BLOCK = 1024  # elements that one program moves
 
 
 def works_on(device: torch.device) -> bool:
@@ -46,9 +48,14 @@ def takes(leaf: Leaf, grad: Tensor) -> bool:
         and param.dtype in DTYPES
         and grad.dtype in DTYPES
         and all(t.dtype == torch.float32 for t in state)
-        and same_device([param, *state, grad])
         and same_layout([param, *state])
     )
+
+
+def is_aligned(leaf: Leaf, grad: Tensor) -> bool:
+    """Whether 16 bytes of each array may move at once."""
+    starts = [tensor.data_ptr() for tensor in (*leaf.values(), grad)]
+    return all(n % 16 == 0 for n in (*starts, grad.numel()))
 
 
 def check(group: Mapping[str, Any]) -> None:
@@ -70,71 +77,112 @@ def check(group: Mapping[str, Any]) -> None:
 
 
 class Kernel:
-    """Executor: the launches over some parameters.
+    """Executor: one launch over parameters that are alike.
 
-    The tables of addresses are made once: to look at each of thousands of small tensors
+    The table of addresses is made once: to look at each of thousands of small tensors
     takes longer than their step. Only the gradients may lie elsewhere at every step.
 
     Args:
-      leaves: by the number that each parameter goes by; the kernel takes them all.
+      pieces: whole parameters of one device and the same dtypes, aligned alike.
       grads: of all parameters.
     """
 
-    def __init__(self, leaves: Mapping[int, Leaf], grads: Sequence[Tensor]) -> None:
-        self.leaves = leaves
-        self.launches: list[Launch] = []
+    def __init__(self, pieces: Sequence[Piece], grads: Sequence[Tensor]) -> None:
+        self.pieces = pieces
+        leaves = [piece.leaf for piece in pieces]
+        param, z = leaves[0]["param"], leaves[0]["z"]
+        self.device, self.param, self.master = (
+            param.device,
+            param.dtype,
+            is_master(z, param),
+        )
+        self.rows = [row for row in ROWS if row in leaves[0]]
+        sizes = [leaf["param"].numel() for leaf in leaves]
+        addresses = [leaf[row].data_ptr() for row in self.rows for leaf in leaves]
+        self.table = self._there(_integers(addresses + sizes))
+        self.blocks = self._there(torch.from_numpy(_blocks(sizes)))
+        self.is_aligned = is_aligned(leaves[0], pieces[0].of(grads))
         self.addresses: list[int] = []
-        self._prepare(self._in_layout(grads))
-
-    def _in_layout(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        return [
-            _in_layout_of(leaf["param"], grads[i]) for i, leaf in self.leaves.items()
-        ]
-
-    def _prepare(self, grads: Sequence[Tensor]) -> None:
-        self.addresses = [grad.data_ptr() for grad in grads]
-        self.launches = launches_over(list(self.leaves.values()), grads)
+        # On the host, for addresses that a CUDA graph is to have.
+        self.staging = torch.empty(len(pieces), dtype=torch.int64)
+        if param.is_cuda:
+            self.staging = self.staging.pin_memory()
 
     def step(self, n: Numbers, grads: Sequence[Tensor]) -> None:
-        grads = self._in_layout(grads)
-        addresses = [grad.data_ptr() for grad in grads]
+        mine = [piece.of(grads) for piece in self.pieces]
+        addresses = list(map(Tensor.data_ptr, mine))
         if addresses != self.addresses:
-            if all(launch.take_up(addresses) for launch in self.launches):
-                self.addresses = addresses
-            else:
-                self._prepare(grads)
-        numbers: dict[torch.device, Tensor] = {}
-        for launch in self.launches:
-            device = launch.table.device
-            if device not in numbers:
-                numbers[device] = n.as_tensor(device)
-            launch.run(
-                step_kernel,
-                launch.table,
-                launch.grads,
-                launch.blocks,
-                numbers[device],
-                len(launch.members),
-                *(launch.rows.index(r) if r in launch.rows else -1 for r in ROWS),
-                SIZE_ROW=len(launch.rows),
-                PARAM=TYPES[launch.param],
-                GRAD=TYPES[launch.grad],
-                MASTER=launch.master,
-                DECAY_AT=n.decay_at,
-                DECAY_MOVES_X=n.decay_moves_x,
+            self._take_up(addresses)
+        self._launch(
+            self.table,
+            self.grads,
+            self.blocks,
+            n.as_tensor(self.device),
+            len(mine),
+            *(self.rows.index(row) if row in self.rows else -1 for row in ROWS),
+            SIZE_ROW=len(self.rows),
+            PARAM=TYPES[self.param],
+            GRAD=TYPES[mine[0].dtype],
+            MASTER=self.master,
+            DECAY_AT=n.decay_at,
+            DECAY_MOVES_X=n.decay_moves_x,
+            ALIGNED=self.is_aligned and all(at % 16 == 0 for at in addresses),
+        )
+
+    def _launch(self, *arguments: Any, **constants: Any) -> None:
+        """Runs the kernel with a program for each block."""
+        on_gpu = self.device.type == "cuda"
+        # Triton launches on the current device.
+        with torch.cuda.device(self.device) if on_gpu else nullcontext():
+            step_kernel[(len(self.blocks) // 2,)](
+                *arguments,
+                **constants,
+                BLOCK=BLOCK,
+                enable_fp_fusion=True,  # as in PyTorch's own kernels
             )
 
     def sums(
         self, grads: Sequence[Tensor], beta: float, b1: float
     ) -> list[tuple[int, Tensor]]:
-        return Plain(self.leaves).sums(grads, beta, b1)
+        """The sums of each parameter, with its number."""
+        return [(i, sums(leaf, grads[i], beta, b1)) for i, _, leaf in self.pieces]
 
-    def captured(self) -> list[Launch]:
-        """Its launches as they are, if a CUDA graph is being made of them."""
-        return [replace(x) for x in self.launches if is_capturing(x.table)]
+    def captured(self) -> list[Tensor]:
+        """What a CUDA graph reads of it, if one is being made."""
+        if not self._is_capturing():
+            return []
+        return [self.table, self.grads, self.blocks, self.staging]
+
+    def _take_up(self, addresses: list[int]) -> None:
+        """Takes new addresses of gradients."""
+        there = _integers(addresses)
+        if self._is_capturing():
+            # From memory that stays: the graph copies it whenever it is replayed, and
+            # while it is made, there is none to be had.
+            self.staging.copy_(there)
+            self.grads = self.staging.to(self.device, non_blocking=True)
+        else:
+            self.grads = self._there(there)
+        self.addresses = addresses
+
+    def _there(self, tensor: Tensor) -> Tensor:
+        """A tensor of the host on the device, without waiting for the copy."""
+        if self.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def _is_capturing(self) -> bool:
+        return self.table.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _in_layout_of(param: Tensor, grad: Tensor) -> Tensor:
-    if same_layout([grad, param]):
-        return grad
-    return torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+def _blocks(sizes: Sequence[int]) -> np.ndarray:
+    """For each block the number of its tensor and where it starts there, in one row."""
+    counts = -(-np.array(sizes) // BLOCK)
+    which = np.repeat(np.arange(len(sizes)), counts)
+    before = np.cumsum(counts) - counts
+    start = (np.arange(len(which)) - before[which]) * BLOCK
+    return np.stack([which, start], 1).reshape(-1)
+
+
+def _integers(values: Sequence[int]) -> Tensor:
+    return torch.from_numpy(np.array(values, np.int64))

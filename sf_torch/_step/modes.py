@@ -9,15 +9,18 @@ by β times what x has moved by:
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sf_torch._step.batches import BLOCK, flat, in_blocks, local, same_layout
-from sf_torch._step.eager import Scratch
+from sf_torch._step.batches import Leaf, Piece, blocks, local, same_layout
 from sf_torch._step.formula import wide_lerp
+from sf_torch._step.rows import Scratch
 
 State = dict[str, Tensor]  # of one parameter
+Moved = Sequence[tuple[Tensor, State]]
+Tensors = list[Tensor]
 
 
 class Modes:
@@ -32,49 +35,33 @@ class Modes:
         self._memory: dict[int, Tensor] = {}
         self._scratch = Scratch()
 
-    def to_x(self, moved: Sequence[tuple[Tensor, State]], b1: float) -> None:
+    def to_x(self, moved: Moved, b1: float) -> None:
         """Switches parameters from y to x, and keeps y in the state."""
-        for param, state in moved:
-            if "x" in state:
-                param.copy_(state["x"])
-                continue
-            state["y"] = self._empty_like(param)
-            for p, z, y in _parts(param, state["z"], state["y"]):
-                y.copy_(p)
-                self._lerp(y, z, 1 - 1 / b1, out=p)
+        for p, state in moved:
+            if "x" not in state:
+                state["y"] = self._empty_like(p)
+        for ps, zs, xs, ys in _blocks(moved):
+            if xs is not None:
+                torch._foreach_copy_(ps, xs)
+            elif ys is not None:
+                torch._foreach_copy_(ys, ps)
+                _lerp(ps, zs, 1 - 1 / b1, out=ps)
 
-    def to_y(self, moved: Sequence[tuple[Tensor, State]], b1: float) -> None:
+    def to_y(self, moved: Moved, b1: float) -> None:
         """Switches parameters from x to y, to the last bit where x is as it was."""
-        for param, state in moved:
-            if "x" in state and "y" in state:
-                param.copy_(state["y"])
-                continue
-            if "x" in state or "y" not in state:
-                for p, z, x in _parts(param, state["z"], state.get("x", param)):
-                    self._lerp(x, z, 1 - b1, out=p)
-                continue
-            kept = state.pop("y")
-            if kept.is_cpu:
-                self._memory[id(param)] = kept
-            for p, z, y in _parts(param, state["z"], kept):
-                x = self._scratch.memory(y, y.numel(), "x").view(y.shape)
-                self._lerp(y, z, 1 - 1 / b1, out=x)
-                if p.dtype.itemsize < 4:
-                    p.copy_(y.float() + b1 * (p.float() - x.float()))
-                else:
-                    torch.add(y, p.sub_(x), alpha=b1, out=p)
-
-    def _lerp(self, a: Tensor, b: Tensor, weight: float, out: Tensor) -> None:
-        """``a + weight (b - a)``: the same bits for the same a and b."""
-        in_place = a.dtype == b.dtype and a.dtype.itemsize >= 4
-        if in_place and a.is_contiguous() and b.is_contiguous():
-            fits = out.dtype == a.dtype and out.is_contiguous()
-            to = out if fits else self._scratch.memory(a, a.numel(), "").view(a.shape)
-            torch.lerp(a, b, weight, out=to)
-        else:
-            to = wide_lerp(a, b, weight)
-        if to is not out:
-            out.copy_(to)
+        for ps, zs, xs, ys in _blocks(moved):
+            if ys is None:
+                _lerp(xs or ps, zs, 1 - b1, out=ps)
+            elif xs is not None:
+                torch._foreach_copy_(ps, ys)
+            else:
+                before = self._like(ys)
+                _lerp(ys, zs, 1 - 1 / b1, out=before)
+                _move(ys, b1, before, ps)
+        for p, state in moved:
+            kept = state.pop("y", None) if "x" not in state else None
+            if kept is not None and kept.is_cpu:
+                self._memory[id(p)] = kept
 
     def _empty_like(self, param: Tensor) -> Tensor:
         memory = self._memory.pop(id(param), None)
@@ -82,14 +69,58 @@ class Modes:
             return memory
         return torch.empty_like(param.detach())
 
+    def _like(self, tensors: Tensors) -> Tensors:
+        """Scratch memory for as many tensors of the same layouts, which are dense."""
+        sizes = [t.numel() for t in tensors]
+        memory = self._scratch.memory(tensors[0], sum(sizes), "x")
+        parts = zip(memory.split(sizes), tensors, strict=True)
+        return [part.as_strided(t.shape, t.stride()) for part, t in parts]
 
-def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same elements of each: on a CPU as many as stay in its cache."""
-    tensors = tuple(map(local, tensors))
-    if in_blocks(tensors[0]) and tensors[0].numel() > BLOCK and same_layout(tensors):
-        yield from zip(*[flat(t).split(BLOCK) for t in tensors], strict=True)
+
+def _blocks(moved: Moved) -> Iterator[tuple[Tensors, Tensors, Any, Any]]:
+    """Parameters with their z, x and y, None where they have none, block by block."""
+    alike: dict[Any, list[Piece]] = {}
+    for i, (p, state) in enumerate(moved):
+        rows = [row for row in ("z", "x", "y") if row in state]
+        leaf: Leaf = {"param": local(p), **{row: local(state[row]) for row in rows}}
+        is_dense = same_layout(list(leaf.values()))
+        kind = is_dense, p.device, *rows, *[t.dtype for t in leaf.values()]
+        alike.setdefault(kind, []).append(Piece(i, None, leaf))
+    for (is_dense, *_), pieces in alike.items():
+        for block in blocks(pieces, together=is_dense, sliced=is_dense):
+            leaves = [piece.leaf for piece in block]
+            columns: dict[str, Any] = {
+                row: [leaf[row] for leaf in leaves] for row in leaves[0]
+            }
+            yield columns["param"], columns["z"], columns.get("x"), columns.get("y")
+
+
+def _lerp(starts: Tensors, ends: Tensors, weight: float, out: Tensors) -> None:
+    """``start + weight (end - start)``: the same bits for the same numbers."""
+    start, end = starts[0], ends[0]
+    if start.dtype.itemsize < 4 or not start.dtype == end.dtype == out[0].dtype:
+        pairs = zip(starts, ends, strict=True)
+        torch._foreach_copy_(out, [wide_lerp(a, b, weight) for a, b in pairs])
+    elif len(out) == 1:
+        torch.lerp(start, end, weight, out=out[0])
     else:
-        yield tensors
+        if out is not starts:
+            torch._foreach_copy_(out, starts)
+        torch._foreach_lerp_(out, ends, weight)
+
+
+def _move(ys: Tensors, b1: float, xs: Tensors, ps: Tensors) -> None:
+    """Moves parameters from x' to y + β (x' - x)."""
+    if ps[0].dtype.itemsize < 4:
+        for p, y, x in zip(ps, ys, xs, strict=True):
+            p.copy_(y.float() + b1 * (p.float() - x.float()))
+        return
+    torch._foreach_sub_(ps, xs)
+    if len(ps) == 1:
+        torch.add(ys[0], ps[0], alpha=b1, out=ps[0])
+    else:
+        torch._foreach_mul_(ps, b1)
+        torch._foreach_add_(ps, ys)
 
 
 def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:

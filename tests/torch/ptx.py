@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sf_torch._step import fused as launcher
-from sf_torch._step.launch import BLOCK
+from sf_torch._step.fused import BLOCK
 
 THREADS = 4 * 32  # Triton's default, four warps
 DTYPES = {

@@ -6,7 +6,7 @@ from torch_cases import ALL, NAMED, every, gradients, same, started, step, value
 
 import sf_torch
 from sf_torch._step import batches
-from sf_torch._step.eager import Scratch
+from sf_torch._step.rows import Scratch
 
 
 def parameter(*shape, dtype=torch.float32):
@@ -238,8 +238,8 @@ def test_large_leaves_forget_gradients_at_the_rate_of_b2():
 
 
 def test_what_memory_held_before_does_not_enter(monkeypatch):
-    def full_of_nan(scratch, like, size, name):
-        return like.new_full((size,), float("nan"))
+    def full_of_nan(scratch, like, size, name, dtype=None):
+        return like.new_full((size,), float("nan"), dtype=dtype)
 
     monkeypatch.setattr(Scratch, "memory", full_of_nan)
     for name in NAMED:

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch_cases import gradients, identical, model_of, trained
 
 import sf_torch
-from sf_torch._step import fused, launch
+from sf_torch._step import fused
 
 SHAPES = [(3, 2), (4,)]
 SAYS = r"(?s)failed half-way.*It was \w*Error.*made up.*load_checkpoint, or load_state"
@@ -212,7 +212,7 @@ def test_a_kernel_that_cannot_be_launched_spoils_the_optimizer(monkeypatch):
 
     monkeypatch.setattr(fused, "works_on", lambda device: True)
     monkeypatch.setattr(fused, "step_kernel", None, raising=False)
-    monkeypatch.setattr(launch.Launch, "run", raises)
+    monkeypatch.setattr(fused.Kernel, "_launch", raises)
     params = parameters(SHAPES)
     optimizer = build("AdamWScheduleFree", params, fused=True)
     with pytest.raises(torch.OutOfMemoryError):

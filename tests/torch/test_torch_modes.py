@@ -60,20 +60,38 @@ def test_evaluation_changes_nothing_in_training():
     assert same(values(models[0]), values(models[1]))
 
 
-def test_weights_written_in_eval_mode_are_taken_up():
-    w = torch.nn.Parameter(torch.zeros(2))
-    optimizer = sf_torch.SGDScheduleFree([w], lr=1.0, momentum=0.5)
+@pytest.mark.parametrize("count", [1, 3])
+def test_weights_written_in_eval_mode_are_taken_up(count):
+    """Also where small parameters are switched together."""
+    params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(count)]
+    optimizer = sf_torch.SGDScheduleFree(params, lr=1.0, momentum=0.5)
     optimizer.train()
-    w.grad = torch.ones(2)
+    for w in params:
+        w.grad = torch.ones(2)
     optimizer.step()
     optimizer.step()
-    z, left = optimizer.state[w]["z"], w.detach().clone()
+    left = [w.detach().clone() for w in params]
     optimizer.eval()
     with torch.no_grad():
-        w[0] = 7.0
+        for w in params:
+            w[0] = 7.0
     optimizer.train()
-    assert w[0] == 0.5 * z[0] + 0.5 * 7.0
-    assert w[1] == left[1]
+    for w, y in zip(params, left, strict=True):
+        z = optimizer.state[w]["z"]
+        assert w[0] == 0.5 * z[0] + 0.5 * 7.0
+        assert w[1] == y[1]
+
+
+def test_y_is_kept_in_the_same_memory_at_every_evaluation():
+    """On a CPU fresh memory would come page by page."""
+    model = model_of()
+    optimizer = trained(FORMS["sgd"], model)
+    seen = set()
+    for _ in range(3):
+        with optimizer.eval_mode():
+            states = optimizer.state.values()
+            seen.add(tuple(state["y"].data_ptr() for state in states))
+    assert len(seen) == 1
 
 
 def test_state_is_as_small_in_train_mode_after_evaluation():
