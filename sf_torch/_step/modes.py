@@ -55,9 +55,7 @@ class Modes:
             elif xs is not None:
                 torch._foreach_copy_(ps, ys)
             else:
-                before = self._like(ys)
-                _lerp(ys, zs, 1 - 1 / b1, out=before)
-                _move(ys, b1, before, ps)
+                _move(ps, ys, self._lerped(ys, zs, 1 - 1 / b1), b1)
         for p, state in moved:
             kept = state.pop("y", None) if "x" not in state else None
             if kept is not None and kept.is_cpu:
@@ -69,12 +67,18 @@ class Modes:
             return memory
         return torch.empty_like(param.detach())
 
-    def _like(self, tensors: Tensors) -> Tensors:
-        """Scratch memory for as many tensors of the same layouts, which are dense."""
-        sizes = [t.numel() for t in tensors]
-        memory = self._scratch.memory(tensors[0], sum(sizes), "x")
-        parts = zip(memory.split(sizes), tensors, strict=True)
-        return [part.as_strided(t.shape, t.stride()) for part, t in parts]
+    def _lerped(self, starts: Tensors, ends: Tensors, weight: float) -> Tensors:
+        """What :func:`_lerp` gives, as new tensors; a single one in kept memory."""
+        if len(starts) > 1 and _is_plain(starts[0], ends[0]):
+            return list(torch._foreach_lerp(starts, ends, weight))
+        if len(starts) > 1:
+            out = list(map(torch.empty_like, starts))
+        else:
+            start = starts[0]
+            memory = self._scratch.memory(start, start.numel(), "x")
+            out = [memory.as_strided(start.shape, start.stride())]
+        _lerp(starts, ends, weight, out)
+        return out
 
 
 def _blocks(moved: Moved) -> Iterator[tuple[Tensors, Tensors, Any, Any]]:
@@ -97,19 +101,23 @@ def _blocks(moved: Moved) -> Iterator[tuple[Tensors, Tensors, Any, Any]]:
 
 def _lerp(starts: Tensors, ends: Tensors, weight: float, out: Tensors) -> None:
     """``start + weight (end - start)``: the same bits for the same numbers."""
-    start, end = starts[0], ends[0]
-    if start.dtype.itemsize < 4 or not start.dtype == end.dtype == out[0].dtype:
+    if not (_is_plain(starts[0], ends[0]) and out[0].dtype == starts[0].dtype):
         pairs = zip(starts, ends, strict=True)
         torch._foreach_copy_(out, [wide_lerp(a, b, weight) for a, b in pairs])
     elif len(out) == 1:
-        torch.lerp(start, end, weight, out=out[0])
+        torch.lerp(starts[0], ends[0], weight, out=out[0])
     else:
         if out is not starts:
             torch._foreach_copy_(out, starts)
         torch._foreach_lerp_(out, ends, weight)
 
 
-def _move(ys: Tensors, b1: float, xs: Tensors, ps: Tensors) -> None:
+def _is_plain(start: Tensor, end: Tensor) -> bool:
+    """Whether arithmetic on the two is in their own dtype."""
+    return start.dtype == end.dtype and start.dtype.itemsize >= 4
+
+
+def _move(ps: Tensors, ys: Tensors, xs: Tensors, b1: float) -> None:
     """Moves parameters from x' to y + β (x' - x)."""
     if ps[0].dtype.itemsize < 4:
         for p, y, x in zip(ps, ys, xs, strict=True):
