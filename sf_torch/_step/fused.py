@@ -90,12 +90,9 @@ class Kernel:
     def __init__(self, pieces: Sequence[Piece], grads: Sequence[Tensor]) -> None:
         self.pieces = pieces
         leaves = [piece.leaf for piece in pieces]
-        param, z = leaves[0]["param"], leaves[0]["z"]
-        self.device, self.param, self.master = (
-            param.device,
-            param.dtype,
-            is_master(z, param),
-        )
+        param = leaves[0]["param"]
+        self.device, self.param = param.device, param.dtype
+        self.master = is_master(leaves[0]["z"], param)
         self.rows = [row for row in ROWS if row in leaves[0]]
         sizes = [leaf["param"].numel() for leaf in leaves]
         addresses = [leaf[row].data_ptr() for row in self.rows for leaf in leaves]
@@ -104,9 +101,8 @@ class Kernel:
         self.is_aligned = is_aligned(leaves[0], pieces[0].of(grads))
         self.addresses: list[int] = []
         # On the host, for addresses that a CUDA graph is to have.
-        self.staging = torch.empty(len(pieces), dtype=torch.int64)
-        if param.is_cuda:
-            self.staging = self.staging.pin_memory()
+        pinned = param.is_cuda
+        self.staging = torch.empty(len(pieces), dtype=torch.int64, pin_memory=pinned)
 
     def step(self, n: Numbers, grads: Sequence[Tensor]) -> None:
         mine = [piece.of(grads) for piece in self.pieces]
