@@ -28,6 +28,7 @@ except ImportError:  # PyTorch's builds for CPUs come without it
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = ("param", "z", "x", "y", "exp_avg_sq", "exp_avg")  # of the table, and the sizes
 BLOCK = 1024  # elements that one program moves
+GRAPHS = 8  # that may be made of steps one after the other
 
 
 def works_on(device: torch.device) -> bool:
@@ -100,9 +101,10 @@ class Kernel:
         self.blocks = self._there(torch.from_numpy(_blocks(sizes)))
         self.is_aligned = is_aligned(leaves[0], pieces[0].of(grads))
         self.addresses: list[int] = []
-        # On the host, for addresses that a CUDA graph is to have.
-        pinned = param.is_cuda
-        self.staging = torch.empty(len(pieces), dtype=torch.int64, pin_memory=pinned)
+        # On the host: for addresses that CUDA graphs are to have, and those they have.
+        self.staging: list[Tensor] = []
+        self.staged: list[Tensor] = []
+        self._stock()
 
     def step(self, n: Numbers, grads: Sequence[Tensor]) -> None:
         mine = [piece.of(grads) for piece in self.pieces]
@@ -147,19 +149,34 @@ class Kernel:
         """What a CUDA graph reads of it, if one is being made."""
         if not self._is_capturing():
             return []
-        return [self.table, self.grads, self.blocks, self.staging]
+        return [self.table, self.grads, self.blocks, *self.staged]
 
     def _take_up(self, addresses: list[int]) -> None:
         """Takes new addresses of gradients."""
         there = _integers(addresses)
         if self._is_capturing():
-            # From memory that stays: the graph copies it whenever it is replayed, and
+            # From memory of the graph's own, which it copies whenever it is replayed;
             # while it is made, there is none to be had.
-            self.staging.copy_(there)
-            self.grads = self.staging.to(self.device, non_blocking=True)
+            if not self.staging:
+                raise RuntimeError(
+                    f"{GRAPHS} CUDA graphs were made of steps with gradients in other "
+                    "memory, and none was taken in between. Take one step that no "
+                    "graph is made of."
+                )
+            self.staged.append(self.staging.pop().copy_(there))
+            self.grads = self.staged[-1].to(self.device, non_blocking=True)
+            self.addresses = []  # on the device they are only once the graph has run
         else:
             self.grads = self._there(there)
-        self.addresses = addresses
+            self.addresses = addresses
+            self._stock()
+
+    def _stock(self) -> None:
+        """Host memory for as many graphs as may follow one another."""
+        size, pinned = len(self.pieces), self.device.type == "cuda"
+        while len(self.staging) < GRAPHS:
+            memory = torch.empty(size, dtype=torch.int64, pin_memory=pinned)
+            self.staging.append(memory)
 
     def _there(self, tensor: Tensor) -> Tensor:
         """A tensor of the host on the device, without waiting for the copy."""

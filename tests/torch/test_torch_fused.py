@@ -360,6 +360,52 @@ def test_a_cuda_graph_holds_the_backward_pass_too():
     assert_close(captured[1].eval_params(), plain[1].eval_params(), 8 * 2**-24)
 
 
+def test_each_graph_has_memory_of_its_own_for_the_addresses_of_gradients(monkeypatch):
+    """A graph reads them there at each replay, also when others were made since."""
+    params = make_params()
+    optimizer = OPTIMIZERS["adamw"](params, fused=True)
+    optimizer.train()
+
+    def step():
+        for p in params:
+            p.grad = torch.ones_like(p)
+        kept.append([p.grad for p in params])  # no memory comes twice
+        optimizer.step()
+        (plan,) = optimizer._plans.values()
+        return plan.executors
+
+    kept = []
+    step()
+    monkeypatch.setattr(fused.Kernel, "_is_capturing", lambda kernel: True)
+    staged = [kernel.staged[-1] for kernel in step()]
+    before = [addresses.clone() for addresses in staged]
+    for _ in range(fused.GRAPHS - 1):
+        kernels = step()
+    with pytest.raises(RuntimeError, match=r"8 CUDA graphs.*Take one step"):
+        step()
+    assert all(map(torch.equal, staged, before))
+    read = {t.data_ptr() for t in optimizer._captured}
+    assert read >= {t.data_ptr() for kernel in kernels for t in kernel.staged}
+
+
+def test_a_step_after_a_graph_does_not_wait_for_its_replay(monkeypatch):
+    """The addresses that the graph copies to the device are there once it has run."""
+    params = make_params()
+    optimizer = OPTIMIZERS["adamw"](params, fused=True)
+    optimizer.train()
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with monkeypatch.context() as patch:
+        patch.setattr(fused.Kernel, "_is_capturing", lambda kernel: True)
+        optimizer.step()
+    (plan,) = optimizer._plans.values()
+    of_graph = [kernel.grads for kernel in plan.executors]
+    optimizer.step()
+    for kernel, captured in zip(plan.executors, of_graph, strict=True):
+        assert kernel.grads is not captured
+        assert torch.equal(kernel.grads.cpu(), captured.cpu())
+
+
 BAD = [
     ({"fused": True, "foreach": True}, "foreach=True"),
     ({"capturable": True, "fused": False}, "fused=False"),
