@@ -67,10 +67,10 @@ class Settings:
         return ""
 
     def saw(self, candidate: Candidate, tree: Tree, seconds: float) -> None:
-        if candidate.framework == "torch" and not candidate.first_seconds:
-            return  # compiles nothing
-        if candidate.framework == "torch" and candidate.ours:
-            return  # compiles blocks, of which many small tensors share one
+        compiles = candidate.framework == "jax" or candidate.first_seconds
+        # Ours in torch compile blocks, of which many small tensors share one.
+        if not compiles or (candidate.framework == "torch" and candidate.ours):
+            return
         # Of a few tensors the fixed cost is the greater part.
         each = seconds / max(len(tree.shapes), 10)
         self.seconds_per_tensor[candidate.name] = each

@@ -6,7 +6,7 @@ stay in the cache: small tensors together, large ones in slices.
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,6 +86,11 @@ def slices(piece: Piece) -> Iterator[Piece]:
     for start in range(0, size, limit):
         part = slice(start, start + limit)
         yield Piece(piece.member, part, {row: t[part] for row, t in rows.items()})
+
+
+def kind_of(leaf: Leaf) -> tuple[Any, ...]:
+    """What leaves have in common that may share a block: device, arrays and dtypes."""
+    return leaf["param"].device, *leaf, *[tensor.dtype for tensor in leaf.values()]
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sf_torch._step import fused, rows
-from sf_torch._step.batches import Leaf, Piece, blocks, local, same_layout
+from sf_torch._step.batches import Leaf, Piece, blocks, kind_of, local, same_layout
 from sf_torch._step.formula import Plain
 from sf_torch._step.fused import Kernel
 from sf_torch._step.numbers import Numbers
@@ -28,7 +28,7 @@ class Way(NamedTuple):
 
     fuses: bool  # whether its arrays are the Triton kernel's where it takes them
     captures: bool  # whether nothing else may move them: a CUDA graph is to replay it
-    together: bool  # whether parameters share a batch
+    together: bool  # whether small parameters share a block
     seed: int | None = None  # of random rounding, by the formula; None: to nearest
     sliced: bool = True  # whether large parameters are: a compiler has them whole
 
@@ -81,12 +81,12 @@ class Plan:
         if self.sharded:
             # A distributed tensor's local part may be an alias, which cannot be moved.
             way = way._replace(together=False)
-            grads = list(map(local, grads))
+        grads = self._local(grads)
         self.grad_kinds = _kinds(grads)
         self.strays = [
             i
             for i, (leaf, grad) in enumerate(zip(leaves, grads, strict=True))
-            if same_layout([leaf["param"]]) and not same_layout([leaf["param"], grad])
+            if not same_layout([leaf["param"], grad]) and same_layout([leaf["param"]])
         ]
         self.executors = _executors(leaves, self._laid_out(grads), way, scratch, places)
         # Where the arrays lie now that executors may have moved them.
@@ -94,11 +94,13 @@ class Plan:
         columns = [[leaf[row] for leaf in leaves] for row in rows]
         self.addresses = list(map(_addresses, columns))
 
-    def _taken(self, grads: Tensors) -> Tensors:
-        """The process's own parts of gradients, in the layouts of the parameters."""
-        return self._laid_out(list(map(local, grads)) if self.sharded else grads)
+    def _local(self, tensors: Tensors) -> Tensors:
+        """The process's own parts."""
+        return list(map(local, tensors)) if self.sharded else tensors
 
     def _laid_out(self, grads: Tensors) -> Tensors:
+        """The process's own parts of gradients, in the layouts of the parameters."""
+        grads = self._local(grads)
         if not self.strays:
             return grads
         grads = list(grads)
@@ -115,14 +117,12 @@ class Plan:
         kind: Any,
     ) -> bool:
         """Whether the plan still holds for these parameters, gradients and states."""
-        if self.sharded:
-            grads = list(map(local, grads))
         if (
             not self.lasts
             or kind != self.kind
             or len(params) != len(self.params)
             or not all(map(is_, params, self.params))
-            or _kinds(grads) != self.grad_kinds
+            or _kinds(self._local(grads)) != self.grad_kinds
         ):
             return False
         states = [state[p] for p in params]
@@ -130,19 +130,17 @@ class Plan:
             columns = [[*params], *([s[row] for s in states] for row in self.rows[1:])]
         except KeyError:
             return False
-        if self.sharded:
-            columns = [list(map(local, column)) for column in columns]
-        return list(map(_addresses, columns)) == self.addresses
+        return [_addresses(self._local(c)) for c in columns] == self.addresses
 
     def step(self, n: Numbers, grads: Tensors) -> None:
         """Moves y, z, x and the moments of all in place."""
-        grads = self._taken(grads)
+        grads = self._laid_out(grads)
         for executor in self.executors:
             executor.step(n, grads)
 
     def to_compile(self, grads: Tensors) -> list[tuple[Leaf, Tensor]]:
         """Leaves and gradients that compiled code moves in place of :meth:`step`."""
-        grads = self._taken(grads)
+        grads = self._laid_out(grads)
         return [pair for e in self._compilable() for pair in e.to_compile(grads)]
 
     def finish(self) -> None:
@@ -160,7 +158,7 @@ class Plan:
           Each with its place: a device, or the mesh and the placements of distributed
           parameters, of which this is the process's own part.
         """
-        grads = self._taken(grads)
+        grads = self._laid_out(grads)
         sums = [row for e in self.executors for row in e.sums(grads, beta, b1)]
         return [(_place(self.params[i]), row) for i, row in sums]
 
@@ -181,8 +179,8 @@ def _executors(
     alike: dict[Any, list[Piece]] = {}
     for i, leaf in enumerate(leaves):
         if leaf["param"].numel():
-            kind = _kind(leaf, grads[i], way)
-            alike.setdefault(kind, []).append(Piece(i, None, leaf))
+            taken = _taken(leaf, grads[i], way)
+            alike.setdefault(taken, []).append(Piece(i, None, leaf))
     found: list[Executor] = []
     for (executor, *_), pieces in alike.items():
         if executor is Kernel:
@@ -196,11 +194,10 @@ def _executors(
     return found
 
 
-def _kind(leaf: Leaf, grad: Tensor, way: Way) -> tuple[Any, ...]:
+def _taken(leaf: Leaf, grad: Tensor, way: Way) -> tuple[Any, ...]:
     """The first executor that takes the leaf, and what it takes only alike."""
-    alike = leaf["param"].device, *leaf, *[tensor.dtype for tensor in leaf.values()]
     if way.fuses and fused.takes(leaf, grad):
-        return Kernel, grad.dtype, fused.is_aligned(leaf, grad), *alike
+        return Kernel, grad.dtype, fused.is_aligned(leaf, grad), *kind_of(leaf)
     if way.captures:
         raise RuntimeError(
             "capturable=True needs dense parameters and float32 state, got a "
@@ -208,7 +205,7 @@ def _kind(leaf: Leaf, grad: Tensor, way: Way) -> tuple[Any, ...]:
             "leave capturable out."
         )
     if way.seed is None and rows.takes(leaf):
-        return Rows, *alike
+        return Rows, *kind_of(leaf)
     return (Plain,)
 
 

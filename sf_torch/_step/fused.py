@@ -173,10 +173,10 @@ class Kernel:
 
     def _stock(self) -> None:
         """Host memory for as many graphs as may follow one another."""
-        size, pinned = len(self.pieces), self.device.type == "cuda"
-        while len(self.staging) < GRAPHS:
+        if len(self.staging) < GRAPHS:
+            size, pinned = (GRAPHS, len(self.pieces)), self.device.type == "cuda"
             memory = torch.empty(size, dtype=torch.int64, pin_memory=pinned)
-            self.staging.append(memory)
+            self.staging = list(memory.unbind())
 
     def _there(self, tensor: Tensor) -> Tensor:
         """A tensor of the host on the device, without waiting for the copy."""

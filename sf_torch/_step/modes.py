@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sf_torch._step.batches import Leaf, Piece, blocks, local, same_layout
+from sf_torch._step.batches import Leaf, Piece, blocks, kind_of, local, same_layout
 from sf_torch._step.formula import wide_lerp
 from sf_torch._step.rows import Scratch
 
@@ -88,8 +88,7 @@ def _blocks(moved: Moved) -> Iterator[tuple[Tensors, Tensors, Any, Any]]:
         rows = [row for row in ("z", "x", "y") if row in state]
         leaf: Leaf = {"param": local(p), **{row: local(state[row]) for row in rows}}
         is_dense = same_layout(list(leaf.values()))
-        kind = is_dense, p.device, *rows, *[t.dtype for t in leaf.values()]
-        alike.setdefault(kind, []).append(Piece(i, None, leaf))
+        alike.setdefault((is_dense, *kind_of(leaf)), []).append(Piece(i, None, leaf))
     for (is_dense, *_), pieces in alike.items():
         for block in blocks(pieces, together=is_dense, sliced=is_dense):
             leaves = [piece.leaf for piece in block]

@@ -5,8 +5,7 @@ a member of the family launches over such parameters, a line of JSON each. A pro
 its own: in the process of the tests Triton interprets.
 
 All that tests of compiled kernels know of how sf_torch makes its step stands here:
-that two kernels are launched from :mod:`sf_torch._step.fused`, and what their constants
-mean.
+which kernel is launched from :mod:`sf_torch._step.fused`, and what its constants mean.
 """
 
 import json
